@@ -1,0 +1,5 @@
+"""`python -m composeformer` is `compose`."""
+
+from composeformer.cli import main
+
+main()

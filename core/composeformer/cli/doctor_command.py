@@ -1,0 +1,80 @@
+"""`compose doctor`: what this machine offers, and why not. Exit 1 where something needed is missing."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import click
+
+from composeformer.cli.options import console, json_option, print_json
+
+NEEDED = ("torch", "safetensors", "attrs", "pluggy", "tomli", "tomli-w", "click", "rich", "jaxtyping", "numpy")
+EXTRAS = {
+    "tokenizers": ("text", "tokenizers of model folders"),
+    "jinja2": ("text", "chat templates"),
+    "gguf": ("gguf", "importing GGUF files"),
+    "triton": ("", "kernels on a GPU; comes with PyTorch's CUDA builds"),
+    "transformers": ("test", "parity tests"),
+    "hypothesis": ("test", "property tests"),
+}
+
+
+@click.command("doctor", help="Devices, number formats, kernels and extras of this machine, and why one is missing.")
+@json_option
+def command(as_json: bool) -> int:
+    rows = [*_packages(), *_machine(), *_plugins()]
+    failed = any(status == "missing" for _, status, _ in rows)
+    if as_json:
+        print_json({"ok": not failed, "checks": [{"what": w, "status": s, "detail": d} for w, s, d in rows]})
+        return int(failed)
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="compose doctor", title_justify="left")
+    for column in ("what", "status", "detail"):
+        table.add_column(column, overflow="fold")
+    colours = {"ok": "green", "absent": "dim", "missing": "red", "failed": "yellow"}
+    for what, status, detail in rows:
+        table.add_row(what, f"[{colours[status]}]{status}[/]", escape(detail))
+    console().print(table)
+    return int(failed)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _packages() -> list[tuple[str, str, str]]:
+    rows = [("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
+    for package in NEEDED:
+        found = _version(package)
+        rows.append((package, "ok" if found else "missing", found or f"pip install {package}"))
+    for package, (extra, purpose) in EXTRAS.items():
+        found = _version(package)
+        how = f"pip install 'composeformer[{extra}]' for {purpose}" if extra else purpose
+        rows.append((package, "ok" if found else "absent", found or how))
+    return rows
+
+
+def _machine() -> list[tuple[str, str, str]]:
+    from composeformer.lazy import available, load
+
+    if not available("torch"):
+        return []
+    return load("composeformer.machine:probe")()  # type: ignore[no-any-return]
+
+
+def _plugins() -> list[tuple[str, str, str]]:
+    from composeformer.plugins import current
+
+    rows: list[tuple[str, str, str]] = []
+    for info in current().infos:
+        status = {"loaded": "ok", "blocked": "absent"}.get(info.status, "failed")
+        detail: Any = info.cause or f"{len(info.components)} components from {info.distribution} {info.version}"
+        rows.append((f"plugin {info.name}", status, "; ".join([detail, *info.conflicts])))
+    return rows
+
+

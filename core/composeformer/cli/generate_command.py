@@ -1,0 +1,96 @@
+"""`compose generate`: text from a model folder, streamed."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from composeformer.cli.options import device_options, json_option, print_json
+from composeformer.errors import InputError
+
+
+@click.command("generate", help="Continue a prompt, or answer in chat, with the model of FOLDER; greedy unless a temperature is given.")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--prompt", "prompts", multiple=True, help="Text to continue (repeatable: a batch). '-' reads standard input.")
+@click.option("--chat", "messages", multiple=True, help="A user's message, through the chat template (repeatable: a batch).")
+@click.option("--system", help="A system message for --chat.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-k", type=int)
+@click.option("--top-p", type=float)
+@click.option("--min-p", type=float)
+@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same text.")
+@click.option("--stop", multiple=True, help="End before this text (repeatable).")
+@device_options
+@json_option
+def command(
+    folder: Path,
+    prompts: tuple[str, ...],
+    messages: tuple[str, ...],
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    seed: int,
+    stop: tuple[str, ...],
+    device: str,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    if bool(prompts) == bool(messages):
+        raise InputError("give --prompt or --chat" + ("; not both" if prompts else ""))
+    if system is not None and not messages:
+        raise InputError("--system needs --chat")
+    if device == "meta":
+        raise InputError("a model on the device meta has no values to generate with")
+    from composeformer.generate import Sampling, generate
+    from composeformer.store import load, tokenizer_of
+
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    model = load(folder, device=device, dtype=dtype)
+    tokenizer = tokenizer_of(model)
+    if tokenizer is None:
+        raise InputError(f"{folder}: has no tokenizer.json, so it takes token ids only (from Python)")
+    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
+    given: Any = texts or [tokenizer.encode(text, add_special=False) for text in _chats(tokenizer, messages, system)]
+    options: dict[str, Any] = {"tokenizer": tokenizer, "max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop}
+    if as_json:
+        rows = [
+            {"text": row.text, "ids": list(row.ids), "finish_reason": row.finish_reason, "prompt_length": row.prompt_length}
+            for row in generate(model, given, **options)
+        ]
+        print_json({"generations": rows})
+    elif len(given) == 1:
+        _stream(model, given, options)
+    else:
+        for index, row in enumerate(generate(model, given, **options)):
+            click.echo(f"[{index}] {row.text}")
+
+
+def _stream(model: Any, given: Any, options: dict[str, Any]) -> None:
+    from composeformer.generate import stream
+
+    for piece in stream(model, given, **options):
+        sys.stdout.write(piece.text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _chats(tokenizer: Any, messages: tuple[str, ...], system: str | None) -> list[str]:
+    from composeformer.text import render_chat
+
+    if tokenizer.chat_template is None:
+        raise InputError("this model has no chat template; use --prompt")
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [
+        render_chat(
+            [*first, {"role": "user", "content": message}],
+            tokenizer.chat_template,
+            bos=tokenizer.bos_token or "",
+            eos=tokenizer.eos_token or "",
+        )
+        for message in messages
+    ]

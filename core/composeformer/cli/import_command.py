@@ -1,0 +1,29 @@
+"""`compose import`: a Hugging Face folder or a GGUF file becomes a model folder."""
+
+from pathlib import Path
+
+import click
+
+from composeformer.cli.options import json_option, print_json, progress
+
+
+@click.command("import", help="SOURCE, a Hugging Face folder or a GGUF file, becomes a model folder.")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Write the model folder here.")
+@click.option("--force", is_flag=True, help="Replace an existing model folder.")
+@json_option
+def command(source: Path, output: Path, force: bool, as_json: bool) -> None:
+    from composeformer.errors import FolderError
+
+    if output.exists() and not force:
+        raise FolderError(f"{output}: exists already; --force replaces a model folder")
+    from composeformer.cost import cost
+    from composeformer.store import import_model
+
+    with progress("importing") as advance:
+        spec = import_model(source, output, replace=force, progress=advance)
+    total = cost(spec).total
+    if as_json:
+        print_json({"folder": str(output), "name": spec.name, "fingerprint": spec.fingerprint, "parameters": total})
+    else:
+        click.echo(f"{output}: {spec.name}, {total:,} parameters, fingerprint {spec.fingerprint[:12]}")

@@ -1,0 +1,96 @@
+"""Options and printing that several commands share."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+SPEC_HELP = "SPEC is a TOML file or the name of a shipped spec."
+
+
+def set_option(function: F) -> F:
+    """`--set path=value`, repeatable."""
+    return click.option(
+        "--set", "settings", multiple=True, metavar="PATH=VALUE", help="Override one value, as ffn.dense.bias=true (repeatable)."
+    )(function)
+
+
+def json_option(function: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")(function)
+
+
+def device_options(function: F) -> F:
+    """`--device`, `--dtype`."""
+    function = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, or meta for shapes only.")(function)
+    return click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
+        default=None,
+        help="Full precision in this dtype, where the spec states no other policy.",
+    )(function)
+
+
+def print_json(document: object) -> None:
+    """One JSON document and a newline."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def console(stderr: bool = False) -> Any:
+    """A rich console; rich is imported here and nowhere earlier."""
+    from rich.console import Console
+
+    screen = Console(stderr=stderr, highlight=False)
+    # A pipe has no width; 80 columns would fold what a log can hold.
+    return screen if screen.is_terminal else Console(stderr=stderr, highlight=False, width=120)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr for what takes longer than a second, where stderr is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from time import monotonic
+
+    from rich.progress import Progress
+
+    bar = Progress(console=console(stderr=True), transient=True)
+    started = monotonic()
+    task: list[Any] = []
+
+    def advance(done: int, total: int) -> None:
+        if not task and monotonic() - started > 1:
+            bar.start()
+            task.append(bar.add_task(what, total=total))
+        if task:
+            bar.update(task[0], completed=done, total=total)
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def big(value: float) -> str:
+    """A count with its unit: 134,515,008 (134.5M)."""
+    for bound, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= bound:
+            return f"{value / bound:.4g}{letter}"
+    return f"{value:g}"
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units."""
+    for bound, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB")):
+        if count >= bound:
+            return f"{count / bound:.2f} {unit}"
+    return f"{count:.0f} B"

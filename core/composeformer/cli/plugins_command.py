@@ -1,0 +1,112 @@
+"""`compose plugins`: what is installed, from where; what a plugin brings; why one is not loaded."""
+
+from typing import Any
+
+import click
+
+from composeformer.cli.options import console, json_option, print_json
+from composeformer.errors import InputError, nearest, one_of
+
+
+@click.group("plugins", invoke_without_command=True, help="What is installed, from where, and why a plugin is not loaded.")
+@click.pass_context
+def command(ctx: click.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        ctx.invoke(list_command)
+
+
+@command.command("list", help="Every plugin: distribution, version, status, cause.")
+@json_option
+def list_command(as_json: bool = False) -> None:
+    from composeformer.plugins import current
+
+    plugins = current()
+    if as_json:
+        print_json({"digest": plugins.digest(), "plugins": [_document(info) for info in plugins.infos]})
+        return
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table()
+    for column in ("plugin", "distribution", "version", "status", "components"):
+        table.add_column(column, overflow="fold")
+    for info in plugins.infos:
+        brings = ", ".join(f"{c.slot} {c.kind}" for c in info.components)
+        status = info.status if not info.cause else f"{info.status}: {info.cause}"
+        status += "".join(f"; {conflict}" for conflict in info.conflicts)
+        table.add_row(info.name, info.distribution, info.version or "?", escape(status), brings)
+    console().print(table)
+
+
+@command.command("info", help="One plugin: its components with their fields and implementations.")
+@click.argument("name")
+@json_option
+def info_command(name: str, as_json: bool) -> None:
+    from composeformer.plugins import current
+
+    infos = {info.name: info for info in current().infos}
+    if name not in infos:
+        near = nearest(name, infos)
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise InputError(f"{name}: no plugin has this name; installed: {one_of(infos)}{hint}")
+    if as_json:
+        print_json(_document(infos[name], fields=True))
+        return
+    _print_info(infos[name])
+
+
+def _document(info: Any, fields: bool = False) -> dict[str, Any]:
+    from composeformer.config import describe, facts_of
+
+    components = []
+    for component in info.components:
+        entry: dict[str, Any] = {
+            "slot": component.slot,
+            "kind": component.kind,
+            "summary": component.summary,
+            "revision": component.revision,
+            "default": component.default,
+        }
+        if fields:
+            entry["implementations"] = [{"name": i.name, "phases": list(i.phases)} for i in component.implementations]
+            entry["claims"] = list(component.claims)
+            entry["fields"] = {
+                name: {"allowed": describe(f), "required": f.required, "default": f.default, "affects": f.affects, "help": f.help}
+                for name, f in facts_of(component.config).items()
+            }
+        components.append(entry)
+    return {
+        "name": info.name,
+        "distribution": info.distribution,
+        "version": info.version,
+        "requires": info.requires,
+        "origin": info.origin,
+        "status": info.status,
+        "cause": info.cause,
+        "conflicts": list(info.conflicts),
+        "components": components,
+        "dialects": [str(getattr(path, "name", path)) for path in info.dialects],
+        "specs": [str(getattr(path, "name", path)) for path in info.specs],
+    }
+
+
+def _print_info(info: Any) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from composeformer.config import describe, facts_of
+    from composeformer.errors import show
+
+    screen = console()
+    screen.print(f"[bold]{info.name}[/] {info.distribution} {info.version} ({info.status}) {escape(str(info.origin))}")
+    if info.cause:
+        screen.print(escape(info.cause))
+    for component in info.components:
+        names = ", ".join(i.name for i in component.implementations)
+        table = Table(title=f"{component.slot} {component.kind}: {component.summary} [{names}]", title_justify="left")
+        for column in ("field", "allowed", "default", "meaning"):
+            table.add_column(column, overflow="fold")
+        for name, facts in facts_of(component.config).items():
+            default = "required" if facts.required else show(facts.default)
+            table.add_row(name, escape(describe(facts)), escape(default), escape(facts.help))
+        screen.print(table)

@@ -1,0 +1,46 @@
+"""`compose verify`: two models compared, the first difference named. Exit 1 where they differ."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from composeformer.cli.options import console, json_option, print_json
+
+
+@click.command("verify", help="Compare FOLDER with a trusted folder: structure, tensors, every component's output.")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--against", type=click.Path(path_type=Path), required=True, help="The trusted folder or GGUF file.")
+@click.option("--tolerance", type=click.FloatRange(min=0), default=1e-5, show_default=True, help="Largest max|a-b| / max|b|.")
+@click.option("--tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Length of the rows compared.")
+@click.option("--hashes", is_flag=True, help="Also read every file against its manifest.")
+@json_option
+def command(folder: Path, against: Path, tolerance: float, tokens: int, hashes: bool, as_json: bool) -> int:
+    from composeformer.store import verify
+    from composeformer.store.load import open_any
+
+    ours, theirs = open_any(folder, check_hashes=hashes), open_any(against, check_hashes=hashes)
+    verdict = verify(ours, theirs, tolerance=tolerance, tokens=tokens)
+    if as_json:
+        print_json(verdict.to_dict())
+    else:
+        _print(verdict, str(folder), str(against))
+    return 0 if verdict.equal else 1
+
+
+def _print(verdict: Any, ours: str, theirs: str) -> None:
+    screen = console()
+    for line in verdict.structure[:20]:
+        screen.print(f"structure: {line}", markup=False)
+    for found in verdict.tensors[:20]:
+        gap = found.detail or f"differs by {found.relative:.3g} of its largest value"
+        screen.print(f"tensor {found.where}: {gap}", markup=False)
+    if len(verdict.tensors) > 20:
+        screen.print(f"... {len(verdict.tensors)} tensors differ")
+    first = verdict.first
+    if first is not None:
+        gap = first.detail or f"differs by {first.relative:.3g}, more than {verdict.tolerance:g}"
+        screen.print(f"first difference: the output of {first.where} {gap}", markup=False)
+    told = "equal" if verdict.equal else "NOT equal"
+    logits = "" if verdict.logits is None else f"; logits differ by {verdict.logits:.3g} over {verdict.tokens} tokens"
+    screen.print(f"{ours} and {theirs} are {told}{logits}", markup=False)

@@ -1,0 +1,152 @@
+"""Counts read off the plan: parameters, buffers, cache and floating-point operations, exactly.
+
+Definitions, which every printed number follows:
+- `total`: elements of all parameters; a tied matrix once, buffers and the predictor apart.
+- `active`: the parameters one token passes through, in the three conventions found in the wild; a tied
+  matrix is the head's product, so only the last convention leaves it out.
+- `flops`: two per multiply-add, matrix products only; a router's, like a norm's, are left out, and so is
+  the look-up of embeddings. Attention sees half of the square when causal. Training is three forwards.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import attrs
+
+from composeformer.contracts import Cache, Core, Phase
+from composeformer.plan import Node
+from composeformer.spec import Spec
+
+DEFAULT_CONTEXT = 4096
+CACHE_BYTES = 2  # an element, unless a policy says otherwise
+
+
+@attrs.frozen(kw_only=True)
+class Active:
+    """Parameters that one token passes through, by what is counted with them."""
+
+    with_embeddings: int
+    without_input_embedding: int
+    without_embeddings: int
+
+
+@attrs.frozen(kw_only=True)
+class Flops:
+    """Floating-point operations for one token of a sequence of `context` tokens."""
+
+    context: int
+    forward: float
+    training: float
+    training_with_predictor: float
+    convention: str
+
+
+@attrs.frozen(kw_only=True)
+class Counts:
+    """What a spec is and needs, in elements, bytes and operations."""
+
+    name: str
+    fingerprint: str
+    total: int
+    by_slot: Mapping[str, int]
+    predictor: int
+    active: Active
+    buffers: Mapping[str, int]
+    cache_bytes_per_token: int
+    flops_per_token: Flops
+    unverified: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, object]:
+        """The document that `--json` prints."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "parameters": {
+                "total": self.total,
+                "by_slot": dict(self.by_slot),
+                "predictor": self.predictor,
+                "active": attrs.asdict(self.active),
+            },
+            "buffers": dict(self.buffers),
+            "cache_bytes_per_token": self.cache_bytes_per_token,
+            "flops_per_token": attrs.asdict(self.flops_per_token),
+            "unverified": list(self.unverified),
+        }
+
+
+def cost(spec: "Spec | str", *, context: int | None = None, causal: bool = True) -> Counts:
+    """The counts of a spec, its path or its shipped name, at a context length (4096, or the model's longest)."""
+    spec = Spec.load(spec)
+    plan = spec.plan
+    length = context or min(DEFAULT_CONTEXT, spec.model.max_position_embeddings)
+    predictor = set(plan.predictor.walk()) if plan.predictor is not None else set()
+    main = [node for node in plan.nodes() if node not in predictor]
+    by_slot: Counter[str] = Counter()
+    for node in main:
+        by_slot[node.slot] += parameters(node)
+    active = sum(active_parameters(node) for node in main)
+    embedding = sum(parameters(node) for node in plan.embedding.walk())
+    head = sum(parameters(node) for node in plan.head.walk())
+    tied = any(name in plan.aliases for node in plan.head.walk() for name, _ in node.tensors())
+    forward = sum(flops(node, length, causal) for node in main)
+    extra = sum(flops(node, length, causal) for node in predictor)
+    return Counts(
+        name=spec.name,
+        fingerprint=spec.fingerprint,
+        total=sum(by_slot.values()),
+        by_slot={slot: count for slot, count in by_slot.items() if count},
+        predictor=sum(parameters(node) for node in predictor),
+        active=Active(
+            with_embeddings=active,
+            without_input_embedding=active if tied else active - embedding,
+            without_embeddings=active - embedding - head,
+        ),
+        buffers=_buffers(main),
+        cache_bytes_per_token=CACHE_BYTES * sum(cached(node) for node in main),
+        flops_per_token=Flops(
+            context=length,
+            forward=forward,
+            training=3 * forward,
+            training_with_predictor=3 * (forward + extra),
+            convention=("causal" if causal else "full mask") + ", GEMMs only",
+        ),
+        unverified=spec.unverified,
+    )
+
+
+def parameters(node: Node) -> int:
+    """Elements of a part's own parameters; what it shares is counted with its owner."""
+    return sum(weight.elements for _, weight in node.tensors() if weight.trains and weight.same_as is None)
+
+
+def active_parameters(node: Node) -> int:
+    """Of those, what one token passes through."""
+    idle = sum(
+        (linear.groups - linear.active_groups) * (weight.elements // linear.groups)
+        for linear in node.linears.values()
+        if linear.groups is not None
+        for weight in linear.weights
+        if weight.same_as is None
+    )
+    return parameters(node) - idle
+
+
+def flops(node: Node, context: int, causal: bool, phase: Phase = "train") -> float:
+    """Forward operations of a part alone, for one token."""
+    products = 0 if node.slot == "router" else sum(linear.flops for linear in node.linears.values())
+    cores = sum(c.flops(context, causal) for c in node.part.config.cost(node.site, phase) if isinstance(c, Core))
+    return products + cores
+
+
+def cached(node: Node) -> int:
+    """Cache elements that one more token adds, before any window is full."""
+    return sum(c.per_token for c in node.part.config.cost(node.site, "decode") if isinstance(c, Cache))
+
+
+def _buffers(nodes: Iterable[Node]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for node in nodes:
+        for weight in node.weights.values():
+            if not weight.trains:
+                counts[f"{node.slot}_{weight.name}"] += weight.elements
+    return dict(counts)

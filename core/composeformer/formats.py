@@ -1,0 +1,56 @@
+"""Number formats, without torch: how a tensor is stored, multiplied, gathered and updated.
+
+A precision policy answers `format(...)` for every tensor of a plan; memory, traffic and placement are
+derived from the answers. Dtypes are spelled as in `tensors.DTYPES`; a policy may add narrower ones.
+"""
+
+from typing import Protocol
+
+import attrs
+
+from composeformer.contracts import Weight
+
+
+@attrs.frozen(kw_only=True)
+class Format:
+    """The format of one tensor.
+
+    `storage` is the dtype of the parameter that an optimizer updates, `compute` that of the products (or of
+    whatever a plain weight enters), `gather` what travels when shards are gathered, `gradient` what travels
+    when gradients are reduced, `moment` the optimizer's averages. `bits` is the width of one element as it is
+    multiplied; a `block` of (outputs, inputs) elements shares one scale of dtype `scale`. `why` tells a user.
+    """
+
+    storage: str
+    compute: str
+    bits: int
+    gather: str
+    gradient: str
+    moment: str
+    block: tuple[int, int] | None = None
+    scale: str | None = None
+    why: str = ""
+
+
+class PrecisionConfig(Protocol):
+    """What the config of a `precision` component offers besides its fields."""
+
+    @property
+    def activations(self) -> str:
+        """The dtype of the residual stream and of what mixers cache."""
+
+    def format(self, role: str, weight: Weight, sensitive: bool) -> Format:
+        """The format of a tensor: `role` is the linear map's dotted name, or a plain weight's full name.
+
+        A plain weight is passed as sensitive. A dtype that the weight itself fixes wins over the policy.
+        """
+
+
+BITS: dict[str, int] = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16, "int64": 64, "bool": 8}
+
+
+def plain(dtype: str, why: str) -> Format:
+    """One dtype for everything: what unscaled formats and fixed dtypes are."""
+    return Format(
+        storage=dtype, compute=dtype, bits=BITS[dtype], gather=dtype, gradient=dtype, moment=dtype, why=why
+    )

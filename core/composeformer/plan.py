@@ -1,0 +1,138 @@
+"""A model on paper: the tree of its parts with every tensor they declare, without torch.
+
+`plan(spec, parts)` walks the parts as a model joins them, validates each at its site and asks it for its
+tensors. Counts, roles, placement, initial values and the meta build all read this tree.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import attrs
+
+from composeformer.contracts import Child, Linear, Part, Weight
+from composeformer.errors import Problem, join
+from composeformer.site import Site
+
+if TYPE_CHECKING:
+    from composeformer.spec import Spec
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Node:
+    """A part at its site, with its own tensors and its children by name.
+
+    `part` has its site's defaults filled in; `stated` is the part as the spec has it.
+    """
+
+    part: Part
+    stated: Part
+    site: Site
+    linears: Mapping[str, Linear]
+    weights: Mapping[str, Weight]
+    children: Mapping[str, "Node"]
+
+    @property
+    def path(self) -> str:
+        return self.site.path
+
+    @property
+    def slot(self) -> str:
+        return self.part.slot
+
+    def walk(self) -> Iterator["Node"]:
+        """This node and all below it, parents first."""
+        yield self
+        for child in self.children.values():
+            yield from child.walk()
+
+    def tensors(self) -> Iterator[tuple[str, Weight]]:
+        """Every tensor of this node alone, by full name, aliases included."""
+        for linear in self.linears.values():
+            for weight in linear.weights:
+                yield join(self.path, weight.name), weight
+        for weight in self.weights.values():
+            yield join(self.path, weight.name), weight
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Plan:
+    """The whole model: its ends, its layers' parts by slot, and what may follow."""
+
+    embedding: Node
+    layers: Sequence[Mapping[str, Node]]
+    residual: Node
+    head: Node
+    predictor: Node | None = None
+
+    def nodes(self) -> Iterator[Node]:
+        """Every part in the order of computation, the predictor last."""
+        yield from self.embedding.walk()
+        for layer in self.layers:
+            for node in layer.values():
+                yield from node.walk()
+        yield from self.residual.walk()
+        yield from self.head.walk()
+        if self.predictor is not None:
+            yield from self.predictor.walk()
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Weight]:
+        """Every tensor once, by its full name; an alias (`same_as`) is left to the tensor that it is."""
+        return {name: weight for node in self.nodes() for name, weight in node.tensors() if weight.same_as is None}
+
+    @cached_property
+    def aliases(self) -> Mapping[str, str]:
+        """The names that are another tensor, and which."""
+        return {name: w.same_as for node in self.nodes() for name, w in node.tensors() if w.same_as is not None}
+
+    @cached_property
+    def linears(self) -> Mapping[str, Linear]:
+        """Every linear map by its role."""
+        return {join(node.path, name): linear for node in self.nodes() for name, linear in node.linears.items()}
+
+
+class Planner:
+    """Builds nodes and gathers problems; a part with problems of its own is not entered."""
+
+    def __init__(self, spec: "Spec") -> None:
+        self.spec = spec
+        self.problems: list[tuple[Part, Problem]] = []
+        self._seen: set[tuple[object, ...]] = set()
+
+    def node(self, part: Part, path: str, width: int, layer: int | None = None, sublayers: tuple[str, ...] = ()) -> Node | None:
+        """The part at `path`, or None where it, or a part below it, is impossible there."""
+        return self._node(part, Site(path=path, slot=part.slot, layer=layer, width=width, spec=self.spec, sublayers=sublayers))
+
+    def _node(self, part: Part, site: Site) -> Node | None:
+        wrong = list(part.config.validate(site))
+        for problem in wrong:
+            # A component named once is used at many sites; one finding is told once.
+            key = (part.paths, problem.field, str(problem.found), problem.allowed)
+            if key not in self._seen:
+                self._seen.add(key)
+                self.problems.append((part, problem))
+        if wrong:
+            return None
+        linears: dict[str, Linear] = {}
+        weights: dict[str, Weight] = {}
+        children: dict[str, Node] = {}
+        complete = True
+        filled = attrs.evolve(part, config=part.config.filled(site))
+        for declared in filled.config.tensors(site):
+            if declared.name in linears or declared.name in weights or declared.name in children:
+                raise TypeError(f"{part.slot} {part.kind} declares {declared.name} twice at {site.path}")
+            if isinstance(declared, Linear):
+                linears[declared.name] = declared
+            elif isinstance(declared, Weight):
+                weights[declared.name] = declared
+            elif isinstance(declared, Child):
+                below = self._node(declared.part, site.below(declared))
+                complete = complete and below is not None
+                if below is not None:
+                    children[declared.name] = below
+            else:
+                raise TypeError(f"{part.slot} {part.kind} declares a {type(declared).__name__} at {site.path}")
+        if not complete:
+            return None
+        return Node(part=filled, stated=part, site=site, linears=linears, weights=weights, children=children)

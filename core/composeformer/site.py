@@ -1,0 +1,47 @@
+"""Where a part sits in a model: its path, layer and widths, and the spec around it.
+
+A config reads the site on the description plane to declare tensors and check itself; the tensor plane
+extends it with the linear maps, weights and children that were declared.
+"""
+
+from typing import TYPE_CHECKING
+
+import attrs
+
+from composeformer.contracts import Child, Part
+from composeformer.errors import join
+
+if TYPE_CHECKING:
+    from composeformer.spec import Spec
+
+
+@attrs.frozen(kw_only=True)
+class Site:
+    """`path` is the dotted place (`layers.3.mixer`), `layer` its number (None outside layers), `width` the
+    features of its input. `sublayers` names what a residual joins, in order; empty at a model's ends.
+    """
+
+    path: str
+    slot: str
+    layer: int | None
+    width: int
+    spec: "Spec" = attrs.field(repr=False)
+    sublayers: tuple[str, ...] = ()
+
+    @property
+    def hidden_size(self) -> int:
+        return self.spec.model.hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.spec.layers)
+
+    def part(self, part: Part, name: str, width: int | None = None) -> Child:
+        """Declares a child at `<path>.<name>`; its width is this site's unless given."""
+        return Child(name=name, part=part, width=self.width if width is None else width)
+
+    def below(self, child: Child) -> "Site":
+        """The site of a declared child."""
+        return Site(
+            path=join(self.path, child.name), slot=child.part.slot, layer=self.layer, width=child.width, spec=self.spec
+        )

@@ -1,0 +1,150 @@
+"""Import and export: from Hugging Face folders and GGUF files, to plain Hugging Face folders, bit for bit."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from composeformer.dialects import Dialect, expressing, find
+from composeformer.errors import DialectError, FolderError
+from composeformer.folder import TensorInfo, WeightReader, new_folder, write_json, write_shards
+from composeformer.spec import Spec
+from composeformer.store.load import describe, read, read_config
+from composeformer.store.lock import NATIVE
+from composeformer.store.save import SPEC_NAME, counted, write
+from composeformer.text import copy_tokenizer
+
+Progress = Callable[[int, int], None] | None
+
+
+def import_model(
+    source: "str | os.PathLike[str]",
+    target: "str | os.PathLike[str]",
+    *,
+    replace: bool = False,
+    max_shard_bytes: int = 5 * 2**30,
+    progress: Progress = None,
+) -> Spec:
+    """Writes a model folder from a Hugging Face folder or a GGUF file; returns its spec.
+
+    Tensors keep the dtype in which the source stores them; GGUF blocks are dequantised to float32. Raises
+    DialectError where no dialect reads the source, FolderError where it is damaged.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _from_folder(path, target, replace, max_shard_bytes, progress)
+    if not path.exists():
+        raise FolderError(f"{path}: no such file or folder")
+    return _from_gguf(path, target, replace, max_shard_bytes, progress)
+
+
+def _from_folder(root: Path, target: Any, replace: bool, max_shard_bytes: int, progress: Progress) -> Spec:
+    if (root / SPEC_NAME).exists():
+        raise FolderError(f"{root}: is a model folder of composeformer already")
+    config = read_config(root)
+    dialect = find(config)
+    with WeightReader(root) as reader:
+        document = dialect.to_spec(config)
+        document.setdefault("name", root.resolve().name)
+        spec = _stored(Spec.from_dict(document, label=str(root / "config.json")), reader.names())
+        tensors = dict(read(spec, dialect.name, reader, root))
+        carried = _carried(config)
+        return _write(spec, tensors, carried, target, lambda folder: copy_tokenizer(root, folder), replace, max_shard_bytes, progress)
+
+
+def _from_gguf(path: Path, target: Any, replace: bool, max_shard_bytes: int, progress: Progress) -> Spec:
+    from composeformer.gguf import open_gguf
+    from composeformer.gguf.tokenizer import write_tokenizer
+
+    with open_gguf(path) as file:
+        dialect = find(file.metadata)
+        document = dialect.to_spec(file.metadata)
+        document.setdefault("name", path.stem)
+        spec = Spec.from_dict(document, label=str(path))
+        tensors = dict(read(spec, dialect.name, file, path))
+        carried = _special_ids(file.metadata)
+        return _write(
+            spec, tensors, carried, target, lambda folder: write_tokenizer(file.metadata, folder), replace, max_shard_bytes, progress
+        )
+
+
+def _stored(spec: Spec, found: Mapping[str, TensorInfo]) -> Spec:
+    """The spec in the dtype that most elements of a source have."""
+    sizes: dict[torch.dtype, int] = {}
+    for info in found.values():
+        if info.dtype.is_floating_point:
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + torch.Size(info.shape).numel()
+    if not sizes:
+        return spec
+    most = max(sizes, key=lambda dtype: sizes[dtype])
+    name = str(most).removeprefix("torch.")
+    if name == "float32" or name not in ("bfloat16", "float16", "float64") or "precision" in spec.document.data:
+        return spec
+    return spec.with_(precision={"kind": spec.single("precision").kind, "dtype": name})
+
+
+def _write(
+    spec: Spec,
+    tensors: Mapping[str, Tensor],
+    carried: Mapping[str, Any],
+    target: Any,
+    tokenizer: Callable[[Path], object],
+    replace: bool,
+    max_shard_bytes: int,
+    progress: Progress,
+) -> Spec:
+    found: Dialect | None
+    try:
+        found, config = expressing(spec)
+    except DialectError:
+        found, config, named = None, {}, tensors.items()
+    else:
+        dtype = spec.singles["precision"]
+        config = {**config, **carried}
+        if dtype is not None and hasattr(dtype.config, "dtype"):
+            config.setdefault("dtype", dtype.config.dtype)
+        named = found.write(spec, tensors.__getitem__)  # type: ignore[assignment]
+    write(spec, found, config, named, target, tokenizer, replace, max_shard_bytes, progress, len(tensors))
+    return spec
+
+
+def _carried(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json says beside the architecture and is worth keeping."""
+    return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
+
+
+def _special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    keys = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
+    found = {ours: metadata.get(f"tokenizer.ggml.{theirs}") for theirs, ours in keys.items()}
+    return {key: value for key, value in found.items() if isinstance(value, int)}
+
+
+def export_model(
+    source: "str | os.PathLike[str]",
+    target: "str | os.PathLike[str]",
+    *,
+    replace: bool = False,
+    max_shard_bytes: int = 5 * 2**30,
+    progress: Progress = None,
+) -> str:
+    """Writes a plain Hugging Face folder that transformers loads; returns the dialect's name.
+
+    Raises DialectError, with the reasons, where no dialect can express the model.
+    """
+    root = Path(source)
+    spec, dialect = describe(root)
+    found, config = expressing(spec)
+    if dialect != NATIVE and (root / "config.json").exists():
+        old = read_config(root)
+        config = {**config, **_carried(old), **{key: old[key] for key in ("dtype", "torch_dtype") if key in old}}
+    with WeightReader(root) as reader:
+        tensors = dict(read(spec, dialect, reader, root))
+        with new_folder(Path(target), replace=replace) as folder:
+            copy_tokenizer(root, folder)
+            named = counted(found.write(spec, tensors.__getitem__), len(tensors), progress)
+            write_shards(folder, named, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"})
+            write_json(folder / "config.json", config)
+    return found.name

@@ -1,0 +1,120 @@
+"""A model folder, ours or Hugging Face's, becomes a built model: memory-mapped, straight to device and dtype."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from composeformer.build import fill, skeleton
+from composeformer.decoder import Model
+from composeformer.dialects import find, load_all
+from composeformer.errors import FolderError, one_of
+from composeformer.folder import TensorInfo, WeightReader
+from composeformer.folder import check_manifest as check_files
+from composeformer.spec import Spec
+from composeformer.store.lock import NATIVE, check_lock, read_lock
+from composeformer.store.save import SPEC_NAME
+
+MAX_CONFIG_BYTES = 16_000_000
+
+
+class Tensors(Protocol):
+    """A source of named tensors: a folder's weights, or a GGUF file's."""
+
+    def names(self) -> Mapping[str, TensorInfo]: ...
+
+    def get(self, name: str) -> Tensor: ...
+
+
+def load(
+    folder: "str | os.PathLike[str]",
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    check_hashes: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """The model of a folder: one that `save` or `import_model` wrote, or a plain Hugging Face folder.
+
+    Every tensor is accounted for. Raises FolderError or DialectError, a line for each finding.
+    `check_hashes` reads all files against the manifest first.
+    """
+    root = Path(folder)
+    spec, dialect = describe(root)
+    if (root / SPEC_NAME).exists() and (problems := check_files(root, hashes=check_hashes)):
+        raise FolderError(*problems)
+    model = skeleton(spec, device=device, dtype=dtype)
+    with WeightReader(root) as reader:
+        fill(model, read(spec, dialect, reader, root), device, progress)
+    model.folder = root
+    return model
+
+
+def describe(root: Path) -> tuple[Spec, str]:
+    """The spec of a folder and the dialect of its tensor names, without reading a weight."""
+    if not root.is_dir():
+        raise FolderError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}")
+    if (root / SPEC_NAME).exists():
+        spec, lock = Spec.load(root / SPEC_NAME), read_lock(root)
+        check_lock(root, spec, lock)
+        return spec, lock["dialect"]
+    config = read_config(root)
+    dialect = find(config)
+    return Spec.from_dict(dialect.to_spec(config), label=str(root / "config.json")), dialect.name
+
+
+def read_config(root: Path) -> dict[str, Any]:
+    """A folder's config.json as plain data. Raises FolderError."""
+    path = root / "config.json"
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise FolderError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FolderError(f"{root}: neither spec.toml nor config.json: not a model folder") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise FolderError(f"{path}: can not be read: {error}") from None
+    if not isinstance(config, dict):
+        raise FolderError(f"{path}: must be a JSON object")
+    return config
+
+
+def read(spec: Spec, dialect: str, source: Tensors, where: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the spec by our names, from a source whose names are a dialect's."""
+    if dialect != NATIVE:
+        known = {d.name: d for d in load_all()}
+        if dialect not in known:
+            raise FolderError(f"{where}: tensors are named as by dialect {dialect!r}; installed: {one_of(known)}")
+        return known[dialect].read(spec, source)
+    return _native(spec, source, where)
+
+
+def _native(spec: Spec, source: Tensors, where: Path) -> Iterator[tuple[str, Tensor]]:
+    found, wanted = source.names(), spec.plan.tensors
+    wrong = [f"{where}: {name}: missing" for name in wanted if name not in found]
+    wrong += [f"{where}: {name}: unexpected" for name in found if name not in wanted]
+    wrong += [
+        f"{where}: {name}: has shape {tuple(found[name].shape)}, the spec wants {weight.shape}"
+        for name, weight in wanted.items()
+        if name in found and tuple(found[name].shape) != weight.shape
+    ]
+    if wrong:
+        raise FolderError(*wrong)
+    return ((name, source.get(name)) for name in wanted)
+
+
+def open_any(path: "str | os.PathLike[str]", *, check_hashes: bool = False) -> Model:
+    """The model of a folder, or of a GGUF file without writing a folder."""
+    where = Path(path)
+    if where.is_dir() or not where.exists():
+        return load(where, check_hashes=check_hashes)
+    from composeformer.gguf import open_gguf
+
+    with open_gguf(where) as file:
+        dialect = find(file.metadata)
+        model = skeleton(Spec.from_dict(dialect.to_spec(file.metadata), label=str(where)))
+        fill(model, read(model.spec, dialect.name, file, where), "cpu")
+    return model

@@ -1,0 +1,91 @@
+"""A built model becomes a model folder: a Hugging Face folder with a spec, a lock and a manifest beside."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from composeformer.decoder import Model
+from composeformer.dialects import Dialect, expressing
+from composeformer.errors import DialectError, InputError
+from composeformer.folder import new_folder, write_json, write_manifest, write_shards, write_text
+from composeformer.spec import Spec
+from composeformer.store.lock import NAME, NATIVE, lock_text
+
+SPEC_NAME = "spec.toml"
+Extra = Callable[[Path], object]
+
+
+def save(
+    model: Model,
+    target: "str | os.PathLike[str]",
+    *,
+    tokenizer: Extra | None = None,
+    replace: bool = False,
+    max_shard_bytes: int = 5 * 2**30,
+    progress: Callable[[int, int], None] | None = None,
+) -> str:
+    """Writes a model to a folder, whole or not at all; returns the dialect of its tensor names, or `native`.
+
+    `tokenizer(folder)` may add tokenizer files before the folder appears. Raises FolderError where the
+    target is in the way.
+    """
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if any(tensor.is_meta for tensor in state.values()):
+        raise InputError("a model on the meta device has no values to save")
+    try:
+        found, config = expressing(model.spec)
+    except DialectError:
+        return write(model.spec, None, {}, state.items(), target, tokenizer, replace, max_shard_bytes, progress, _tensors(model))
+    config = {**config, "dtype": str(model.activations).removeprefix("torch.")}
+    tensors = found.write(model.spec, state.__getitem__)
+    return write(model.spec, found, config, tensors, target, tokenizer, replace, max_shard_bytes, progress, _tensors(model))
+
+
+def write(
+    spec: Spec,
+    dialect: Dialect | None,
+    config: Mapping[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    target: "str | os.PathLike[str]",
+    tokenizer: Extra | None,
+    replace: bool,
+    max_shard_bytes: int,
+    progress: Callable[[int, int], None] | None,
+    total: int,
+) -> str:
+    """The folder of a spec and its tensors, named as `dialect` names them; returns the dialect's name."""
+    aliases = spec.plan.aliases if dialect is None else {}
+    kept = ((name, tensor) for name, tensor in tensors if name not in aliases)
+    name = NATIVE if dialect is None else dialect.name
+    with new_folder(Path(target), replace=replace) as folder:
+        if tokenizer is not None:
+            tokenizer(folder)
+        write_shards(
+            folder, counted(kept, total, progress), max_shard_bytes=max_shard_bytes, metadata={"format": "pt"}
+        )
+        if dialect is not None:
+            write_json(folder / "config.json", config)
+        write_text(folder / SPEC_NAME, spec.to_toml())
+        write_text(folder / NAME, lock_text(spec, name))
+        write_manifest(folder)
+    return name
+
+
+def counted(
+    tensors: Iterable[tuple[str, Tensor]], total: int, progress: Callable[[int, int], None] | None
+) -> Iterable[tuple[str, Tensor]]:
+    """The same tensors, telling `progress` of each."""
+    for done, pair in enumerate(tensors, 1):
+        yield pair
+        if progress is not None:
+            progress(min(done, total), total)
+
+
+def _tensors(model: Model) -> int:
+    return len(model.spec.plan.tensors)
+
+
+__all__ = ["SPEC_NAME", "counted", "save", "write"]

@@ -1,0 +1,26 @@
+"""Generation from a loaded model: its folder's tokenizer is at hand."""
+
+from pathlib import Path
+from typing import Any
+
+from composeformer import generate as generation
+from composeformer.decoder import Model
+from composeformer.text import Tokenizer
+
+
+def tokenizer_of(model: Model) -> Tokenizer | None:
+    """The tokenizer of the folder a model was loaded from, or None where there is none."""
+    folder = getattr(model, "folder", None)
+    if folder is None or not (Path(folder) / "tokenizer.json").exists():
+        return None
+    return Tokenizer(folder)
+
+
+def generate(model: Model, prompt: Any, **options: Any) -> Any:
+    """Continues a prompt (text, ids, or a list of either) as `composeformer.generate.generate` does.
+
+    Returns the new text for one string, else a list of `Generation`. The tokenizer is the folder's unless given.
+    """
+    options.setdefault("tokenizer", tokenizer_of(model))
+    found = generation.generate(model, prompt, **options)
+    return found[0].text if isinstance(prompt, str) else found

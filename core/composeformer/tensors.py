@@ -1,0 +1,109 @@
+"""What enters and leaves the parts of a built model: NamedTuples of tensors.
+
+Shapes: B rows, T new tokens, D hidden size, R half of a rotary width. NamedTuples, because pipelining
+splits them along the batch and FSDP2 and `torch.compile` accept them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from composeformer.contracts import Phase
+
+
+class Rotary(NamedTuple):
+    """Rotary tables in fp32, one angle per pair of features."""
+
+    cos: Float[Tensor, "B T R"]
+    sin: Float[Tensor, "B T R"]
+
+
+class Batch(NamedTuple):
+    """One forward's tokens. `documents` and `valid` are None where all tokens are one document, none is padding.
+
+    `positions` count from 0 within each document; padding has any position. `tables` are the rotary
+    tables by key, made once per forward by the decoder and never cast.
+    """
+
+    ids: Int[Tensor, "B T"]
+    positions: Int[Tensor, "B T"]
+    documents: Int[Tensor, "B T"] | None = None
+    valid: Bool[Tensor, "B T"] | None = None
+    tables: Mapping[str, Rotary] = {}
+    phase: Phase = "train"
+
+
+class Aux(NamedTuple):
+    """Side results by dotted path. Losses are sums over tokens or sequences, so micro-batches and ranks add;
+    counts are int64; metrics are detached (sum, weight) pairs.
+    """
+
+    losses: Mapping[str, Tensor] = {}
+    counts: Mapping[str, Tensor] = {}
+    metrics: Mapping[str, tuple[Tensor, Tensor]] = {}
+
+
+NO_AUX = Aux()
+
+
+class Output(NamedTuple):
+    """What a mixer, an ffn or a residual gives back."""
+
+    hidden: Float[Tensor, "B T D"]
+    aux: Aux = NO_AUX
+
+
+class ModelOutput(NamedTuple):
+    """What a model gives back: logits, the normalised last hidden state, side results, further predictions."""
+
+    logits: Float[Tensor, "B T V"]
+    hidden: Float[Tensor, "B T D"]
+    aux: Aux = NO_AUX
+    predictions: Sequence[Output] = ()
+
+
+def merge(parts: Sequence[Aux]) -> Aux:
+    """The side results of several parts as one; their paths are disjoint."""
+    if not any(any(part) for part in parts):
+        return NO_AUX
+    losses: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+    metrics: dict[str, tuple[Tensor, Tensor]] = {}
+    for part in parts:
+        losses.update(part.losses)
+        counts.update(part.counts)
+        metrics.update(part.metrics)
+    return Aux(losses, counts, metrics)
+
+
+def visible(
+    query_positions: Int[Tensor, "B T"],
+    key_positions: Int[Tensor, "B S"],
+    query_documents: Int[Tensor, "B T"] | None,
+    key_documents: Int[Tensor, "B S"] | None,
+    window: int | None = None,
+) -> Bool[Tensor, "B T S"]:
+    """Which keys each query may see: its own document, not later, not `window` or more positions back.
+
+    A key at a negative position (padding, an unwritten slot) is seen by none.
+    """
+    query, key = query_positions[:, :, None], key_positions[:, None, :]
+    seen = (key <= query) & (key >= 0)
+    if window is not None:
+        seen &= query - key < window
+    if query_documents is not None and key_documents is not None:
+        seen &= query_documents[:, :, None] == key_documents[:, None, :]
+    return seen
+
+
+DTYPES: dict[str, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int64": torch.int64,
+    "bool": torch.bool,
+}

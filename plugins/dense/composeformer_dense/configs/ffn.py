@@ -1,0 +1,49 @@
+"""`swiglu`: the feed-forward network and its gated variants on paper.
+
+Sources: Shazeer, arXiv 2002.05202 (gated linear units); So et al., arXiv 2109.08668 (relu2).
+"""
+
+from collections.abc import Iterable
+from math import sqrt
+
+from composeformer.config import Config, config, field
+from composeformer.contracts import Declared, Linear, Normal
+from composeformer.site import Site
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+
+
+@config
+class SwiGLU(Config):
+    """down(activation(gate(x)) * up(x)); without a gate down(activation(up(x))).
+
+    Initial values: normal with `init_std`, `down` divided by sqrt(2 layers); biases zero.
+    """
+
+    intermediate_size: int = field(minimum=1, unit="features", help="Width between the projections.")
+    activation: str = field(
+        "silu", choices=ACTIVATIONS, help="The nonlinearity; gelu_tanh is gelu's tanh form."
+    )
+    gated: bool = field(True, help="Multiply the activated gate into up; false: no gate.")
+    bias: bool = field(False, help="Biases on all projections.")
+
+    def tensors(self, site: Site) -> Iterable[Declared]:
+        inner = Normal(site.spec.model.init_std)
+        outer = Normal(site.spec.model.init_std / sqrt(2 * site.num_layers))
+        for name in ("gate", "up") if self.gated else ("up",):
+            yield Linear(
+                name=name,
+                inputs=site.width,
+                outputs=self.intermediate_size,
+                bias=self.bias,
+                shard="out",
+                init=inner,
+            )
+        yield Linear(
+            name="down",
+            inputs=self.intermediate_size,
+            outputs=site.width,
+            bias=self.bias,
+            shard="in",
+            init=outer,
+        )

@@ -1,0 +1,33 @@
+"""`rmsnorm` and `layernorm` on paper.
+
+Sources: Zhang and Sennrich, arXiv 1910.07467; Ba et al., arXiv 1607.06450.
+"""
+
+from collections.abc import Iterable
+
+from composeformer.config import Config, config, field
+from composeformer.contracts import Constant, Declared, Weight
+from composeformer.site import Site
+
+
+@config
+class RMSNorm(Config):
+    """weight * x / sqrt(mean(x^2) + eps). Initial values: ones."""
+
+    eps: float = field(1e-6, above=0.0, help="Added to the mean square.")
+
+    def tensors(self, site: Site) -> Iterable[Declared]:
+        yield Weight(name="weight", shape=(site.width,), init=Constant(1.0))
+
+
+@config
+class LayerNorm(Config):
+    """weight * (x - mean(x)) / sqrt(variance(x) + eps) + bias. Initial values: ones and zeros."""
+
+    eps: float = field(1e-5, above=0.0, help="Added to the variance.")
+    bias: bool = field(True, help="Whether there is a learnt shift.")
+
+    def tensors(self, site: Site) -> Iterable[Declared]:
+        yield Weight(name="weight", shape=(site.width,), init=Constant(1.0))
+        if self.bias:
+            yield Weight(name="bias", shape=(site.width,), init=Constant(0.0))

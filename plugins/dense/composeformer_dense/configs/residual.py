@@ -1,0 +1,20 @@
+"""`pre-norm`: the residual stream on paper. Source: Xiong et al., arXiv 2002.04745."""
+
+from collections.abc import Iterable
+
+from composeformer.config import Config, config, part
+from composeformer.contracts import Declared, Part
+from composeformer.site import Site
+
+
+@config
+class PreNorm(Config):
+    """stream + sublayer(norm(stream)) for each sublayer in order, and one norm at the end of the model."""
+
+    norm: Part = part("norm", help="Normalises each sublayer's input and the last hidden states.")
+
+    def tensors(self, site: Site) -> Iterable[Declared]:
+        if site.layer is None:
+            yield site.part(self.norm, "norm")
+        for sublayer in site.sublayers:
+            yield site.part(self.norm, f"{sublayer}_norm")

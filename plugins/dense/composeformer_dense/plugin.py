@@ -1,0 +1,93 @@
+"""Registers the dense parts. Imports no torch: modules are named, and loaded when a model is built."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from composeformer.contracts import Component, Implementation
+from composeformer.hookspecs import hookimpl
+from composeformer_dense.configs.attention import GQA, sdpa_needs
+from composeformer_dense.configs.ends import LinearHead, TokenEmbedding
+from composeformer_dense.configs.ffn import SwiGLU
+from composeformer_dense.configs.norm import LayerNorm, RMSNorm
+from composeformer_dense.configs.position import LinearRope, Llama3Rope, NoPosition, Rope, YarnRope
+from composeformer_dense.configs.precision import BF16, Full
+from composeformer_dense.configs.residual import PreNorm
+
+
+def reference(module: str) -> tuple[Implementation, ...]:
+    return (Implementation("reference", f"composeformer_dense.{module}"),)
+
+
+COMPONENTS = (
+    Component(
+        "mixer",
+        "gqa",
+        GQA,
+        (
+            Implementation("sdpa", "composeformer_dense.sdpa:SDPA", needs=sdpa_needs),
+            *reference("attention:Attention"),
+        ),
+        summary="grouped-query attention: multi-head, multi-query and all between",
+    ),
+    Component(
+        "ffn", "swiglu", SwiGLU, reference("ffn:FeedForward"), summary="gated or plain feed-forward network"
+    ),
+    Component(
+        "norm", "rmsnorm", RMSNorm, reference("norms:RMSNorm"), summary="divides by the root mean square"
+    ),
+    Component("norm", "layernorm", LayerNorm, reference("norms:LayerNorm"), summary="mean 0 and variance 1"),
+    Component("position", "rope", Rope, reference("rotary:Rope"), summary="rotary positions"),
+    Component(
+        "position", "linear", LinearRope, reference("rotary:LinearRope"), summary="rope, positions divided"
+    ),
+    Component(
+        "position",
+        "llama3",
+        Llama3Rope,
+        reference("rotary:Llama3Rope"),
+        summary="rope, stretched as in Llama 3.1",
+    ),
+    Component("position", "yarn", YarnRope, reference("rotary:YarnRope"), summary="rope, stretched by parts"),
+    Component("position", "none", NoPosition, reference("rotary:NoPosition"), summary="no positions"),
+    Component(
+        "residual",
+        "pre-norm",
+        PreNorm,
+        reference("residual:PreNorm"),
+        summary="a norm before each sublayer",
+        default=True,
+        claims=("identity-when-sublayers-are-zero",),
+    ),
+    Component(
+        "embedding",
+        "token",
+        TokenEmbedding,
+        reference("ends:TokenEmbedding"),
+        summary="a row per token",
+        default=True,
+    ),
+    Component(
+        "head", "linear", LinearHead, reference("ends:LinearHead"), summary="a logit per token", default=True
+    ),
+    Component(
+        "precision",
+        "full",
+        Full,
+        reference("precision:FullPolicy"),
+        summary="one dtype for everything",
+        default=True,
+    ),
+    Component(
+        "precision", "bf16", BF16, reference("precision:BF16Policy"), summary="linear maps in bfloat16"
+    ),
+)
+
+
+@hookimpl
+def compose_components() -> Iterable[Component]:
+    return COMPONENTS
+
+
+@hookimpl
+def compose_dialects() -> Iterable[Path]:
+    return sorted((Path(__file__).parent / "dialects").glob("*.toml"))
