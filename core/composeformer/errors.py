@@ -126,6 +126,10 @@ def show(value: object) -> str:
     """A value as TOML would write it, cut to one short line."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    text = f'"{value}"' if isinstance(value, str) else str(value)
-    text = " ".join(text.split())
+    try:
+        text = f'"{value}"' if isinstance(value, str) else str(value)
+    except ValueError:  # Python writes out no integer of more than 4300 digits; TOML's 0x... may have more.
+        text = "(a number too long to show)"
+    # Input may carry escapes that a terminal would obey.
+    text = "".join(c if c.isprintable() else "\\" + f"x{ord(c):02x}" for c in " ".join(text.split()))
     return text if len(text) <= 80 else text[:77] + "..."

@@ -22,11 +22,12 @@ def initial(name: str, weight: Weight, seed: int, default_std: float) -> Tensor:
         dtype = {"int64": torch.int64, "bool": torch.bool}.get(weight.dtype or "", torch.float32)
         return torch.full(weight.shape, init.value, dtype=dtype)
     if len(weight.shape) == 3:
-        return torch.stack([_normal(weight.shape[1:], init.std, seed, name, group) for group in range(weight.shape[0])])
+        groups = range(weight.shape[0])
+        return torch.stack([_normal(weight.shape[1:], init.std, seed, name, group) for group in groups])
     return _normal(weight.shape, init.std, seed, name, None)
 
 
 def _normal(shape: tuple[int, ...], std: float, seed: int, name: str, group: int | None) -> Tensor:
     key = f"{seed}/{name}" if group is None else f"{seed}/{name}/{group}"
-    generator = torch.Generator().manual_seed(int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little") >> 1)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    number = int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+    return torch.empty(shape).normal_(0.0, std, generator=torch.Generator().manual_seed(number))

@@ -1,7 +1,7 @@
 """A model on paper: the tree of its parts with every tensor they declare, without torch.
 
-`plan(spec, parts)` walks the parts as a model joins them, validates each at its site and asks it for its
-tensors. Counts, roles, placement, initial values and the meta build all read this tree.
+A `Planner` walks the parts as a model joins them, validates each at its site and asks it for its tensors.
+Counts, roles, placement, initial values and the meta build all read this tree.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 import attrs
 
 from composeformer.contracts import Child, Linear, Part, Weight
-from composeformer.errors import Problem, join
+from composeformer.errors import ComposeError, Problem, join
 from composeformer.site import Site
 
 if TYPE_CHECKING:
     from composeformer.spec import Spec
+
+MAX_NODES = 1_000_000
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -79,17 +81,18 @@ class Plan:
     @cached_property
     def tensors(self) -> Mapping[str, Weight]:
         """Every tensor once, by its full name; an alias (`same_as`) is left to the tensor that it is."""
-        return {name: weight for node in self.nodes() for name, weight in node.tensors() if weight.same_as is None}
+        return {name: w for node in self.nodes() for name, w in node.tensors() if w.same_as is None}
 
     @cached_property
     def aliases(self) -> Mapping[str, str]:
         """The names that are another tensor, and which."""
-        return {name: w.same_as for node in self.nodes() for name, w in node.tensors() if w.same_as is not None}
+        every = (named for node in self.nodes() for named in node.tensors())
+        return {name: weight.same_as for name, weight in every if weight.same_as is not None}
 
     @cached_property
     def linears(self) -> Mapping[str, Linear]:
         """Every linear map by its role."""
-        return {join(node.path, name): linear for node in self.nodes() for name, linear in node.linears.items()}
+        return {join(node.path, name): one for node in self.nodes() for name, one in node.linears.items()}
 
 
 class Planner:
@@ -99,12 +102,22 @@ class Planner:
         self.spec = spec
         self.problems: list[tuple[Part, Problem]] = []
         self._seen: set[tuple[object, ...]] = set()
+        self._count = 0
 
-    def node(self, part: Part, path: str, width: int, layer: int | None = None, sublayers: tuple[str, ...] = ()) -> Node | None:
-        """The part at `path`, or None where it, or a part below it, is impossible there."""
-        return self._node(part, Site(path=path, slot=part.slot, layer=layer, width=width, spec=self.spec, sublayers=sublayers))
+    def node(
+        self, part: Part, path: str, width: int, layer: int | None = None, sublayers: tuple[str, ...] = ()
+    ) -> Node | None:
+        """The part at `path`, or None where it, or a part below it, is impossible there.
+
+        Raises TypeError for a config that declares wrongly, ComposeError for a model of too many parts.
+        """
+        site = Site(path=path, slot=part.slot, layer=layer, width=width, spec=self.spec, sublayers=sublayers)
+        return self._node(part, site)
 
     def _node(self, part: Part, site: Site) -> Node | None:
+        self._count += 1
+        if self._count > MAX_NODES:
+            raise ComposeError(f"{site.path}: the model has more than {MAX_NODES} parts")
         wrong = list(part.config.validate(site))
         for problem in wrong:
             # A component named once is used at many sites; one finding is told once.

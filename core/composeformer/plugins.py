@@ -155,7 +155,9 @@ def _hooks(plugin: Any) -> dict[str, pluggy.HookCaller]:
     except _Refused as refused:
         # pluggy tells plugin, signature and arguments on lines of their own.
         if isinstance(refused.__cause__, pluggy.PluginValidationError):
-            raise _Refused(" ".join(str(refused.__cause__).splitlines()[1:])) from refused.__cause__
+            lines = str(refused.__cause__).splitlines()[1:]
+            told = ": ".join(line.removeprefix("hookimpl definition: ") for line in lines)
+            raise _Refused(f"its hook is refused: {told}") from refused.__cause__
         raise
     if unmarked:
         raise _Refused(f"{unmarked[0]} is not marked with @hookimpl")

@@ -43,5 +43,9 @@ class Site:
     def below(self, child: Child) -> "Site":
         """The site of a declared child."""
         return Site(
-            path=join(self.path, child.name), slot=child.part.slot, layer=self.layer, width=child.width, spec=self.spec
+            path=join(self.path, child.name),
+            slot=child.part.slot,
+            layer=self.layer,
+            width=child.width,
+            spec=self.spec,
         )

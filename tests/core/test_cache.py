@@ -46,12 +46,9 @@ actions = st.lists(
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(actions, st.none() | st.integers(1, 5), st.integers(0, 3), st.integers(6, 30))
 def test_queries_see_exactly_what_a_list_of_tokens_holds(actions, window, room, length):
-    """Windows, rings of any size, rows of unequal lengths: every query sees its window of the row's own history.
-
-    Rollbacks in a row may together forget no more than `max_rollback` tokens, else a ring has lost the window.
-    """
+    """Windows, rings of any size, rows of unequal lengths: every query sees its window of the row's own history."""
     cache = make(2, length, window=window, max_rollback=room)
-    rows, serial, left = [[], []], 0, [0, 0]
+    rows, serial, longest = [[], []], 0, [0, 0]
     for action, argument in actions:
         if action == "append":
             tokens = min(argument, length - max(len(row) for row in rows))
@@ -63,21 +60,26 @@ def test_queries_see_exactly_what_a_list_of_tokens_holds(actions, window, room, 
             cached = feed(cache, positions, serials)
             for index, row in enumerate(rows):
                 row.extend(serials[index].tolist())
-                left[index] = min(left[index] + tokens, room)
+                longest[index] = max(longest[index], len(row))
                 for query in positions[index].tolist():
                     first = 0 if window is None else max(0, query - window + 1)
                     assert seen_by(cached, query, index, None, window) == row[first : query + 1]
         elif action == "rollback":
-            counts = [min(n, left[i], len(row)) for i, (n, row) in enumerate(zip(argument, rows, strict=False))]
+            # As many as asked for, but no deeper than the row and max_rollback allow.
+            floors = [max(0, most - room) for most in longest]
+            counts = [min(n, len(row) - low) for n, row, low in zip(argument, rows, floors, strict=False)]
             counts += [0] * (len(rows) - len(counts))
+            if any(len(row) > low for row, low in zip(rows, floors, strict=True)):
+                deeper = [len(row) - low + 1 for row, low in zip(rows, floors, strict=True)]
+                with pytest.raises(InputError, match="cannot roll back"):
+                    cache.rollback(torch.tensor(deeper))
             cache.rollback(torch.tensor(counts))
-            for index, count in enumerate(counts):
-                left[index] -= count
-                del rows[index][len(rows[index]) - count :]
+            for row, count in zip(rows, counts, strict=True):
+                del row[len(row) - count :]
         else:
             index = [i % len(rows) for i in argument]
             cache.reorder(torch.tensor(index))
-            rows, left = [list(rows[i]) for i in index], [left[i] for i in index]
+            rows, longest = [list(rows[i]) for i in index], [longest[i] for i in index]
         assert cache.lengths.tolist() == [len(row) for row in rows]
         assert cache.bound == max(len(row) for row in rows)
 
@@ -102,9 +104,9 @@ def test_a_full_cache_says_so_and_stays_as_it_was():
     assert seen_by(cached, 3, 0, None, None) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("counts", [[3, 0], [-1, 0], [0, 2]])
+@pytest.mark.parametrize("counts", [[3, 0], [-1, 0], [0, 1], [0, 2]])
 def test_an_impossible_rollback_is_refused_and_changes_nothing(counts):
-    """More than max_rollback; fewer than none; more than a row has."""
+    """More than max_rollback; fewer than none; more in two steps; more than a row has."""
     cache = make(2, 8, max_rollback=2)
     feed(cache, torch.arange(3).expand(2, 3), torch.arange(6).view(2, 3))
     cache.rollback(torch.tensor([0, 2]))

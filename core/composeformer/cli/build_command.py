@@ -31,7 +31,6 @@ def command(
         raise FolderError(f"{output}: exists already; --force replaces a model folder")
 
     from composeformer.build import build
-    from composeformer.store import save
 
     started = perf_counter()
     with progress("initial values") as advance:
@@ -39,6 +38,8 @@ def command(
     seconds = perf_counter() - started
     dialect = None
     if output is not None:
+        from composeformer.store import save
+
         with progress("writing") as advance:
             dialect = save(model, output, replace=force, progress=advance)
     memory = sum(tensor.nbytes for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values())

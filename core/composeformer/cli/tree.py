@@ -11,7 +11,7 @@ from composeformer.cost.counts import parameters
 from composeformer.plan import Node
 from composeformer.spec import Spec
 
-Choices = Mapping[str, Mapping[str, str]]
+Choices = Mapping[str, Mapping[Any, str]]
 
 
 @attrs.frozen

@@ -17,7 +17,7 @@ from composeformer.cli.options import console, json_option, print_json
 @json_option
 def command(folder: Path, against: Path, tolerance: float, tokens: int, hashes: bool, as_json: bool) -> int:
     from composeformer.store import verify
-    from composeformer.store.load import open_any
+    from composeformer.store.loading import open_any
 
     ours, theirs = open_any(folder, check_hashes=hashes), open_any(against, check_hashes=hashes)
     verdict = verify(ours, theirs, tolerance=tolerance, tokens=tokens)

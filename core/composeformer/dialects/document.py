@@ -1,7 +1,7 @@
 """From a table of parts for every layer to a spec as a person would write it.
 
-Parts inside parts become named components, said once; layers of one kind share a component and refine it where
-they differ; equal neighbours become one `[[layers]]` entry, and a repeating block one pattern.
+Parts inside parts become named components, said once; layers of one kind share a component and refine it
+where they differ; equal neighbours become one `[[layers]]` entry, and a repeating block one pattern.
 """
 
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ from composeformer.registry import Registry
 Table = dict[str, Any]
 
 
-def document(name: str, tree: Tree, registry: Registry) -> Table:
-    """The spec of a tree as `reading.tree` makes it."""
+def document(tree: Tree, registry: Registry) -> Table:
+    """The nameless spec of a tree as `reading.tree` makes it."""
     lifted = _Lifted(registry)
     lifted.gather(tree)
-    made: Table = {"format": 1, "name": name, "model": tree["model"]}
+    made: Table = {"format": 1, "model": tree["model"]}
     ends = {slot: lifted.part(slot, table) for slot, table in tree.items() if slot not in ("model", "layers")}
     entries: list[Table] = [{} for _ in tree["layers"]]
     sublayers: Table = {}
@@ -55,8 +55,8 @@ class _Lifted:
     def _inner(self, slot: str, table: Mapping[str, Any]) -> list[tuple[str, str]]:
         """The fields of a part that hold parts, each with its slot."""
         facts = facts_of(self.registry.get(slot, table["kind"]).config)
-        held = [(field, facts[field].slot) for field, value in table.items() if field in facts and isinstance(value, dict)]
-        return [(field, slot) for field, slot in held if slot is not None]
+        held = [(field, facts[field].slot) for field in table if field in facts]
+        return [(field, inner) for field, inner in held if inner is not None]
 
     def part(self, slot: str, table: Mapping[str, Any]) -> Table:
         """The table with names for the parts in it; the only part of its slot needs no mention."""
@@ -102,10 +102,8 @@ def _shared(slot: str, parts: list[Table | None], entries: list[Table]) -> Table
         change = {key: value for key, value in part.items() if base[1].get(key) != value}
         references.append({"use": base[0], **change} if change else base[0])
     if len(bases) == 1:
-        only = bases[0][0]
         for index, reference in enumerate(references):
             references[index] = {**reference, "use": slot} if isinstance(reference, dict) else None
-        assert only
     for entry, part in zip(entries, parts, strict=True):
         reference = False if part is None else references[distinct.index(part)]
         if reference is not None:
@@ -124,8 +122,9 @@ def _runs(entries: list[Table]) -> list[Table]:
     """Equal neighbours as one entry; a block that repeats to the end as one pattern."""
     total = len(entries)
     for period in range(2, total // 2 + 1):
-        if total % period == 0 and entries == entries[:period] * (total // period) and any(e != entries[0] for e in entries):
-            return [{"repeat": total // period, "layers": _runs(entries[:period])}]
+        times, rest = divmod(total, period)
+        if rest == 0 and entries != entries[:1] * total and entries == entries[:period] * times:
+            return [{"repeat": times, "layers": _runs(entries[:period])}]
     runs: list[tuple[int, Table]] = []
     for entry in entries:
         if runs and runs[-1][1] == entry:

@@ -1,4 +1,4 @@
-"""Expressions in dialect files: integers, names, comparisons. Parsed and walked here, never evaluated by Python.
+"""Expressions in dialect files: integers, names, comparisons. Parsed and walked here, never run by Python.
 
 `hidden_size // num_heads`, `l + num_layers`, `kind in ("linear", "yarn") and not tied`. In a name's text an
 expression stands in braces: `layers.{l}.mixer.q.weight`.
@@ -13,7 +13,7 @@ from typing import Any
 
 import attrs
 
-from composeformer.errors import DialectError, nearest, one_of, show
+from composeformer.errors import DialectError, one_of, show
 
 MAX_LENGTH = 200
 LARGEST = 2**63
@@ -36,11 +36,12 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.NotIn: lambda a, b: a not in b,
 }
 _HOLE = re.compile(r"\{([^{}]*)\}")
+_NAME = re.compile(r"[\w.-]+", re.ASCII)
 
 
 @attrs.frozen
 class Expression:
-    """One expression; its text is checked when it is made. Raises DialectError for anything outside the language."""
+    """One expression, checked when it is made. Raises DialectError for anything outside the language."""
 
     text: str
 
@@ -50,7 +51,7 @@ class Expression:
     @cached_property
     def tree(self) -> ast.expr:
         if len(self.text) > MAX_LENGTH:
-            raise DialectError(f"an expression of {len(self.text)} characters, at most {MAX_LENGTH} are allowed")
+            raise DialectError(f"an expression of {len(self.text)} characters: at most {MAX_LENGTH}")
         try:
             tree = ast.parse(self.text.strip(), mode="eval").body
         except (SyntaxError, ValueError):
@@ -63,7 +64,7 @@ class Expression:
         return frozenset(node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name))
 
     def value(self, names: Mapping[str, object]) -> Any:
-        """The value where names have these values. Raises DialectError for an unknown name or a wrong type."""
+        """The value where names have these values. Raises DialectError for unknown names and wrong types."""
         try:
             return _value(self.tree, names)
         except (TypeError, ZeroDivisionError):
@@ -89,7 +90,7 @@ class Template:
 
     @cached_property
     def holes(self) -> tuple[Expression, ...]:
-        if _HOLE.sub("", self.text).strip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"):
+        if not _NAME.fullmatch(_HOLE.sub("", self.text)):
             raise DialectError(f"{show(self.text)} is no tensor name")
         return tuple(Expression(text) for text in _HOLE.findall(self.text))
 
@@ -114,7 +115,9 @@ def _allowed(node: ast.expr, text: str) -> None:
             below = values
         case ast.Tuple(elts=elements):
             below = elements
-        case ast.Compare(left=left, ops=ops, comparators=right_sides) if all(type(op) in _COMPARISONS for op in ops):
+        case ast.Compare(left=left, ops=ops, comparators=right_sides) if {
+            *map(type, ops)
+        } <= _COMPARISONS.keys():
             below = [left, *right_sides]
         case _:
             raise DialectError(f"{show(text)} is no expression: {type(node).__name__} is not in the language")
@@ -128,8 +131,7 @@ def _value(node: ast.expr, names: Mapping[str, object]) -> Any:
             return value
         case ast.Name(id=name):
             if name not in names:
-                hint = nearest(name, names)
-                raise DialectError(f"no name {name!r} here; names: {one_of(sorted(names))}" + (f"; did you mean {hint!r}?" if hint else ""))
+                raise DialectError(f"no name {name!r} here; names: {one_of(sorted(names))}")
             return names[name]
         case ast.BinOp(left=left, op=op, right=right):
             a, b = _value(left, names), _value(right, names)
@@ -151,9 +153,9 @@ def _value(node: ast.expr, names: Mapping[str, object]) -> Any:
             return tuple(_value(element, names) for element in elements)
         case ast.Compare(left=left, ops=ops, comparators=right_sides):
             a = _value(left, names)
-            for op, side in zip(ops, right_sides, strict=True):
+            for comparison, side in zip(ops, right_sides, strict=True):
                 b = _value(side, names)
-                if not _COMPARISONS[type(op)](a, b):
+                if not _COMPARISONS[type(comparison)](a, b):
                     return False
                 a = b
             return True

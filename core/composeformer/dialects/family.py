@@ -8,6 +8,7 @@ import attrs
 import tomli
 
 from composeformer.dialects import lines
+from composeformer.dialects.expressions import Expression
 from composeformer.dialects.lines import Fixed, Key, Pattern, Table, TensorLine
 from composeformer.errors import DialectError, show
 
@@ -68,9 +69,10 @@ def _family(data: Mapping[str, Any], label: str) -> Family:
     if source == "huggingface" and not architectures:
         t.fail("needs `architectures`")
     ignore = t.texts("ignore")
-    keys = [lines.key(k, table, f"{label}: config.{k}") for k, table in _tables(t, "config")]
-    keys += [lines.key(k, table, f"{label}: shapes.{k}", shape=True) for k, table in _tables(t, "shapes")]
-    fixed = [f for path, found in _tables(t, "ours") for f in lines.fixed(path, found, f"{label}: ours.{path}")]
+    # What the tensors say comes first: the config may be held to it.
+    keys = [lines.key(k, table, f"{label}: shapes.{k}", shape=True) for k, table in _tables(t, "shapes")]
+    keys += [lines.key(k, table, f"{label}: config.{k}") for k, table in _tables(t, "config")]
+    fixed = [f for path, it in _tables(t, "ours") for f in lines.fixed(path, it, f"{label}: ours.{path}")]
     patterns = [lines.pattern(n, table, f"{label}: patterns.{n}") for n, table in _tables(t, "patterns")]
     found = t.take("tensors")
     if not isinstance(found, list):
@@ -111,14 +113,12 @@ def _check(family: Family, t: Table) -> None:
     if "num_layers" not in family.names:
         t.fail("no line fills num_layers")
     known = family.names | family.pattern_names
-    expressions = [e for line in (*family.keys, *family.fixed) if (e := line.when) is not None]
-    expressions += [e for key in family.keys for e in (key.default, key.require) if isinstance(e, lines.Expression)]
+    found = [e for key in family.keys for e in (key.when, key.default, key.null, key.require)]
+    expressions = [e for e in (*found, *(each.when for each in family.fixed)) if isinstance(e, Expression)]
     for expression in expressions:
         if wrong := expression.names - known:
             t.fail(f"{expression.text} uses {', '.join(sorted(wrong))}, which no line defines")
     for line in family.tensors:
         indices = {"l"} | ({line.stack[0]} if line.stack else set())
-        inside = [e for e in (line.when, line.each, *(line.view or ()), *(line.sizes or ()), *(line.shape or ())) if e]
-        used = frozenset[str]().union(*(e.names for e in inside), *(n.names for n in (*line.theirs, *line.ours)))
-        if wrong := used - known - indices:
+        if wrong := line.names - known - indices:
             t.fail(f"tensors: {line.label} uses {', '.join(sorted(wrong))}, which no line defines")

@@ -1,4 +1,4 @@
-"""What a dialect file may say, line by line. Every table is strict: an unknown key is an error that names its place.
+"""What a dialect file may say, line by line. Tables are strict: an unknown key is an error naming its place.
 
 A line of `[config]` pairs one of their config keys with paths of ours; a line of `tensors` pairs their tensor
 names with ours. `composeformer.dialects` explains the whole language.
@@ -30,18 +30,18 @@ UNSET = _Unset()
 class Key:
     """One config key of theirs.
 
-    `ours` are the paths it fills: `model.x`, `num_layers`, `mixer.x.y` and `ffn.x` of each layer, or an end of the
-    model. `name` is what expressions call its value. A missing key has the `default` (text after `=` is an
-    expression); a null is the default, or an absent value, or refused. `values` maps theirs to ours. `require`
-    refuses every other value. A line holds only `when` its expression does. A `shape` line reads a tensor's shape
-    instead of a key: one dimension, or whether the tensor `exists` or is `missing`.
+    `ours` are the paths it fills: `model.x`, `num_layers`, `mixer.x.y` and `ffn.x` of each layer, or an end
+    of the model. `name` is what expressions call its value. A missing key has the `default` (text after `=`
+    is an expression); a null is the default, an absent value, an expression's, or refused. `values` maps
+    theirs to ours. `require` refuses every other value. A line holds only `when` its expression does. A
+    `shape` line reads a tensor's shape instead of a key: one dimension, or whether it `exists` or is `missing`.
     """
 
     theirs: str
     ours: tuple[str, ...]
     name: str | None
     default: object = UNSET
-    null: str = "refused"
+    null: object = "refused"  # or "default", "absent", or an expression
     values: Mapping[str, object] | None = None
     require: object = UNSET
     when: Expression | None = None
@@ -95,10 +95,11 @@ class Pattern:
 class TensorLine:
     """Tensors that hold the same numbers. Reading joins theirs, views, permutes, and splits into ours.
 
-    `{l}` in a name means each layer, or `each` gives its number of values; the index of `stack` counts tensors
-    that are one stacked tensor on the other side. Several names on a side are parts along the dimension `split`,
-    equal ones unless `sizes` says more. `shape` is theirs where it is not ours. `drop` and `same_as` lines have no
-    ours: the first are never read, the second must equal another tensor of theirs, and are written when `copy`.
+    `{l}` in a name means each layer, or `each` gives its number of values; the index of `stack` counts
+    tensors that are one stacked tensor on the other side. Several names on a side are parts along the
+    dimension `split`, equal ones unless `sizes` says more. `shape` is theirs where it is not ours. `drop` and
+    `same_as` lines have no ours: the first are never read, the second must equal another tensor of theirs,
+    and are written when `copy`.
     """
 
     theirs: tuple[Template, ...]
@@ -119,13 +120,21 @@ class TensorLine:
     def label(self) -> str:
         return self.theirs[0].text
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The names that the line depends on, indices included."""
+        sizes = (*(self.view or ()), *(self.sizes or ()), *(self.shape or ()))
+        texts = (*self.theirs, *self.ours, *((self.same_as,) if self.same_as else ()))
+        found = [each.names for each in (self.when, self.each, *sizes) if each is not None]
+        return frozenset[str]().union(*found, *(each.names for each in texts))
+
 
 def key(theirs: str, table: object, where: str, shape: bool = False) -> Key:
     t = Table(table, where)
     ours = t.texts("ours")
     name = t.text("name") or (ours[0].rpartition(".")[2] if ours else None)
     default, require = _literal(t.take("default")), _literal(t.take("require"))
-    null = t.text("null") or "refused"
+    null = _literal(t.text("null") or "refused")
     write = t.text("write") or "always"
     values = t.take("values")
     read: Any = None
@@ -133,8 +142,8 @@ def key(theirs: str, table: object, where: str, shape: bool = False) -> Key:
         read = t.take("shape")
         if not (type(read) is int or read in ("exists", "missing")):
             t.fail(f'shape = {show(read)}: must be a dimension, "exists" or "missing"')
-    if null not in ("refused", "default", "absent"):
-        t.fail(f'null = {show(null)}: must be "default" or "absent"')
+    if not isinstance(null, Expression) and null not in ("refused", "default", "absent"):
+        t.fail(f'null = {show(null)}: must be "default", "absent" or "= EXPRESSION"')
     if write not in ("always", "changed", "never"):
         t.fail(f'write = {show(write)}: must be "always", "changed" or "never"')
     if not ours and require is UNSET:
@@ -177,7 +186,8 @@ def pattern(name: str, table: object, where: str) -> Pattern:
     if not isinstance(choose, list) or not choose:
         t.fail("choose must be a list of tests")
     alternatives = tuple(
-        tuple(_test(test, f"{where}.choose") for test in (each if isinstance(each, list) else [each])) for each in choose
+        tuple(_test(test, f"{where}.choose") for test in (each if isinstance(each, list) else [each]))
+        for each in choose
     )
     equals, switch, switch_default = t.take("equals"), t.text("switch"), t.take("switch_default")
     t.done()
@@ -227,7 +237,9 @@ def tensor(table: object, where: str) -> TensorLine:
         if not isinstance(stack, dict) or len(stack) != 1:
             t.fail("stack must be a table with one index: { e = SIZE }")
         index = next((str(name), Expression(str(size))) for name, size in stack.items())
-    if permute is not UNSET and (not isinstance(permute, list) or sorted(permute) != list(range(len(permute)))):
+    if permute is not UNSET and (
+        not isinstance(permute, list) or sorted(permute) != list(range(len(permute)))
+    ):
         t.fail("permute must be an order of dimensions")
     line = TensorLine(
         theirs=theirs,
@@ -303,11 +315,14 @@ class Table:
     def done(self) -> None:
         for name in self.rest:
             near = nearest(name, self.known)
-            self.fail(f"unknown key {name!r}; allowed: {one_of(self.known)}" + (f"; did you mean {near!r}?" if near else ""))
+            self.fail(
+                f"unknown key {name!r}; allowed: {one_of(self.known)}"
+                + (f"; did you mean {near!r}?" if near else "")
+            )
 
 
 def _literal(found: Any) -> object:
-    return Expression(found[1:]) if isinstance(found, str) and found.startswith("=") else found
+    return Expression(found[1:].strip()) if isinstance(found, str) and found.startswith("=") else found
 
 
 def _check_path(path: str, table: Table) -> None:

@@ -4,6 +4,7 @@ Writing tries the few values that could have meant these layers, and keeps one t
 """
 
 from collections.abc import Iterable, Mapping
+from itertools import product
 from typing import Any
 
 from composeformer.dialects.lines import UNSET, Pattern, Test
@@ -21,11 +22,11 @@ def read(pattern: Pattern, config: Mapping[str, object], num_layers: int) -> Lay
         stated = [_stated(test, config) for test in alternative]
         if any(value is UNSET for value in stated):
             continue
-        sets = [chosen(test, value, num_layers) for test, value in zip(alternative, stated, strict=True)]
-        layers = tuple(all(each) for each in zip(*sets, strict=True))
+        layers = _together(alternative, stated, num_layers)
         if not switch and any(layers) and alternative[0].kind == "list":
+            test = alternative[0]
             raise DialectError(
-                f"{alternative[0].key} has {show(alternative[0].chosen)}, but {pattern.switch} is false: which is meant?"
+                f"{test.key} has {show(test.chosen)}, but {pattern.switch} is false: which is meant?"
             )
         return layers if switch else (False,) * num_layers
     keys = " or ".join(sorted({test.key for alternative in pattern.choose for test in alternative}))
@@ -39,39 +40,34 @@ def write(pattern: Pattern, layers: Layers) -> dict[str, Any]:
         config[pattern.switch] = any(layers)
     written = False
     for alternative in pattern.choose:
-        found = _express(alternative, layers, len(layers))
+        found = _express(alternative, layers)
         if found is not None:
             config.update(found)
             written = True
     if not written:
         numbers = [index for index, each in enumerate(layers) if each]
-        raise DialectError(f"{pattern.ours}: layers {show(numbers)} of {len(layers)} fit no pattern of this family")
+        raise DialectError(
+            f"{pattern.ours}: layers {show(numbers)} of {len(layers)} fit no pattern of this family"
+        )
     return config
 
 
-def _express(alternative: tuple[Test, ...], layers: Layers, num_layers: int) -> dict[str, Any] | None:
-    """Values for all tests together; later tests see what earlier ones leave."""
-    if not alternative:
-        return {}
-    test, rest = alternative[0], alternative[1:]
-    for value in _candidates(test, layers, num_layers):
-        this = chosen(test, value, num_layers)
-        if not rest:
-            if this == layers:
-                return {test.key: value}
-            continue
-        # The other tests may choose anything where this one does not.
-        for wanted in (layers, tuple(a or not b for a, b in zip(layers, this, strict=True))):
-            below = _express(rest, wanted, num_layers)
-            if below is None:
-                continue
-            others = [chosen(t, below[t.key], num_layers) for t in rest]
-            if tuple(all(each) for each in zip(this, *others, strict=True)) == layers:
-                return {test.key: value, **below}
+def _express(alternative: tuple[Test, ...], layers: Layers) -> dict[str, Any] | None:
+    """Values for the keys of all tests that together choose these layers."""
+    for values in product(*(_candidates(test, layers) for test in alternative)):
+        if _together(alternative, values, len(layers)) == layers:
+            return {test.key: value for test, value in zip(alternative, values, strict=True)}
     return None
 
 
-def _candidates(test: Test, layers: Layers, num_layers: int) -> Iterable[Any]:
+def _together(tests: tuple[Test, ...], values: Iterable[object], num_layers: int) -> Layers:
+    """The layers that all tests choose."""
+    sets = [chosen(test, value, num_layers) for test, value in zip(tests, values, strict=True)]
+    return tuple(all(each) for each in zip(*sets, strict=True))
+
+
+def _candidates(test: Test, layers: Layers) -> Iterable[Any]:
+    num_layers = len(layers)
     numbers = [index for index, each in enumerate(layers) if each]
     match test.kind:
         case "list":
@@ -81,7 +77,7 @@ def _candidates(test: Test, layers: Layers, num_layers: int) -> Iterable[Any]:
         case "beyond":
             return [numbers[0] if numbers else num_layers]
         case "every":
-            return range(1, num_layers + 2)
+            return range(1, num_layers + abs(test.offset) + 1)
         case "indices":
             return [numbers]
         case _:
@@ -101,10 +97,14 @@ def chosen(test: Test, value: object, num_layers: int) -> Layers:
             raise DialectError(f"{where}: must be a list of {num_layers} layer types")
         for each in value:
             if each not in (test.chosen, test.other):
-                raise DialectError(f"{test.key} has {show(each)}: must be {show(test.chosen)} or {show(test.other)}")
+                raise DialectError(
+                    f"{test.key} has {show(each)}: must be {show(test.chosen)} or {show(test.other)}"
+                )
         return tuple(each == test.chosen for each in value)
     if test.kind in ("indices", "all_but"):
-        if not isinstance(value, list) or not all(type(each) is int and 0 <= each < num_layers for each in value):
+        if not isinstance(value, list) or not all(
+            type(each) is int and 0 <= each < num_layers for each in value
+        ):
             raise DialectError(f"{where}: must be a list of layer numbers below {num_layers}")
         inside = frozenset(value)
         return tuple((index in inside) == (test.kind == "indices") for index in range(num_layers))

@@ -1,6 +1,6 @@
 """A foreign config read: the value of every name, and our paths filled. All that is wrong is gathered."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -39,15 +39,15 @@ class Values:
 
 
 def read(family: Family, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Values:
-    """The values that a config gives. Raises DialectError with everything that is wrong, unknown keys first."""
+    """The values that a config gives. Raises DialectError with all that is wrong, unknown keys first."""
     problems: list[str] = []
     known = {key.theirs for key in family.keys if key.shape is None} | family.ignore
     known |= {key for pattern in family.patterns for key in pattern.keys}
+    families = tuple(name[:-1] for name in family.ignore if name.endswith("*"))
     for name, found in config.items():
-        if name not in known:
-            near = nearest(name, known)
-            hint = f"; did you mean {near!r}?" if near else ""
-            problems.append(f"{name} = {show(found)}: {family.name} does not know this field, and it could change the model{hint}")
+        if name not in known and not (families and name.startswith(families)):
+            refusal = f"{family.name} does not know this field, and it could change the model"
+            problems.append(f"{name} = {show(found)}: {refusal}{_hint(name, known)}")
     values = Values(names=dict.fromkeys(family.names))
     late = []
     for key in family.keys:
@@ -75,15 +75,27 @@ def read(family: Family, config: Mapping[str, Any], shapes: Mapping[str, tuple[i
     return values
 
 
+def _hint(name: str, known: Iterable[str]) -> str:
+    """The key that was meant, among those of the same table."""
+    table, dot, key = name.rpartition(".")
+    beside = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == table]
+    near = nearest(key, beside)
+    return f"; did you mean {table + dot + near!r}?" if near else ""
+
+
 def _take(
-    key: Key, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], values: Values, problems: list[str]
+    key: Key,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    values: Values,
+    problems: list[str],
 ) -> None:
     """One line's value into `values`, or a problem."""
     try:
         if not values.holds(key.when):
             found = config.get(key.theirs)
-            if found is not None and not any(p.startswith(f"{key.theirs} = ") for p in problems):
-                problems.append(f"{key.theirs} = {show(found)}: has a meaning only when {key.when.text if key.when else ''}")
+            if found is not None and key.when is not None:
+                problems.append(f"{key.theirs} = {show(found)}: has a meaning only when {key.when.text}")
             return
         value = _shape(key, shapes) if key.shape is not None else _value(key, config, values)
         if key.require is not UNSET:
@@ -93,13 +105,17 @@ def _take(
         if key.name is not None and key.ours:
             values.names[key.name] = value
     except DialectError as error:
-        problems.extend(line if line.startswith(key.theirs) else f"{key.theirs}: {line}" for line in error.lines)
+        problems.extend(
+            line if line.startswith(key.theirs) else f"{key.theirs}: {line}" for line in error.lines
+        )
 
 
 def _value(key: Key, config: Mapping[str, Any], values: Values) -> Any:
     found = config.get(key.theirs, UNSET)
     if found is None and key.null == "absent":
         return None
+    if found is None and isinstance(key.null, Expression):
+        return key.null.value(values.names)
     if found is UNSET or (found is None and key.null == "default"):
         if key.default is UNSET:
             if key.null == "absent":

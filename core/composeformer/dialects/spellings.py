@@ -15,7 +15,10 @@ BESIDE = ("rope_theta", "partial_rotary_factor")
 
 
 def fold(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with one rotary table, its keys as `rope_parameters.KEY`. Raises DialectError where spellings differ."""
+    """The config with one rotary table, its keys as `rope_parameters.KEY`.
+
+    Raises DialectError where the spellings disagree.
+    """
     rest = dict(config)
     new, old = _table(rest, TABLE), _table(rest, "rope_scaling")
     if new and old:
@@ -63,7 +66,8 @@ def _table(config: dict[str, Any], name: str) -> dict[str, Any]:
     if "type" in table:
         old = table.pop("type")
         if table.setdefault("rope_type", old) != old:
-            raise DialectError(f"{name} has type {show(old)} and rope_type {show(table['rope_type'])}: which is meant?")
+            new = show(table["rope_type"])
+            raise DialectError(f"{name} has type {show(old)} and rope_type {new}: which is meant?")
     return table
 
 

@@ -31,10 +31,11 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     block.
     """
     target = Path(os.path.realpath(target))
-    _check_target(target, replace)
     try:
         top = _make_parents(target.parent)
+        # Before the check: a killed writer may have put aside what belongs at the target.
         _clear_remains(target)
+        _check_target(target, replace)
         folder, held = _make(target)
     except OSError as error:
         raise FolderError(f"{target}: can not be written: {_told(error)}") from error

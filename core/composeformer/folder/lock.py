@@ -1,5 +1,4 @@
-"""Which temporary folders have a living owner: an advisory lock on the folder itself, which dies with its
-holder.
+"""Which temporary folders have a living owner: a lock on the folder itself, which dies with them.
 
 Unlike a process number in the name, a lock can not be mistaken after the number is used again or by another
 machine of a shared file system. Where a file system can not lock folders, nothing is held and nothing is
@@ -33,8 +32,7 @@ class Lock:
 
 
 def take(folder: Path, *, wait: bool) -> Lock | None:
-    """Locks `folder`. None if it is gone, if another process holds it, or, without `wait`, if it can not be
-    locked.
+    """Locks `folder`. None if it is gone, if another holds it, or, without `wait`, if it can not be locked.
 
     With `wait` a file system without locks gives a Lock that holds nothing: its owner can still write, and
     cleaners, who do not wait, get None. Raises OSError if the folder can not be opened.

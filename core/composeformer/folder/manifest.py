@@ -1,10 +1,11 @@
 """Every file of a model folder with its size and SHA-256, so that damage is found before it is computed with.
- `manifest.json` is written last and in one spelling only: a changed byte in it is found like one in any other
-file.
+
+`manifest.json` is written last and in one spelling only: a changed byte in it is found like any other.
 """
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from composeformer.folder.paths import MANIFEST, WEIGHT_SUFFIXES, inside, reason
 
 FORMAT = 1
 
+_DIGEST = re.compile("[0-9a-f]{64}")
+
 
 def write_manifest(folder: Path) -> None:
-    """Writes `manifest.json` over the files of `folder`. Raises FolderError for what is no plain file in it."""
+    """Writes `manifest.json` over the files of `folder`. Raises FolderError for what is no plain file."""
     files = {}
     for name in sorted(os.listdir(folder)):
         path = inside(folder, name, source="the manifest")
@@ -83,7 +86,9 @@ def _files(path: Path, found: Any) -> dict[str, dict[str, Any]] | None:
     for entry in files.values():
         if not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
             return None
-        if type(entry["size"]) is not int or entry["size"] < 0 or not isinstance(entry["sha256"], str):
+        if type(entry["size"]) is not int or entry["size"] < 0:
+            return None
+        if not isinstance(entry["sha256"], str) or not _DIGEST.fullmatch(entry["sha256"]):
             return None
     return files
 

@@ -1,6 +1,4 @@
-"""Weights from disk, memory-mapped: a folder is checked when it is opened, and bytes move when they are asked
-for.
-"""
+"""Weights from disk, memory-mapped: a folder is checked when opened, bytes move when asked for."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,9 +56,7 @@ class WeightReader:
         return tensor.to(device)
 
     def get_slice(self, name: str) -> Any:
-        """A view to index like a tensor, which reads only the part asked for. Raises FolderError as `get`
-        does.
-        """
+        """A view to index like a tensor, which reads only the part asked for. Raises as `get` does."""
         return self._handle(name).get_slice(name)
 
     def close(self) -> None:

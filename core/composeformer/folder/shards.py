@@ -75,7 +75,7 @@ def _partial(number: int) -> str:
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Groups of tensors in the order given, each within `limit` bytes or a single tensor; at least one group."""
+    """Groups of tensors in the order given, each within `limit` bytes or a single tensor; at least one."""
     seen: set[str] = set()
     shard: list[tuple[str, Tensor]] = []
     size = 0
@@ -94,9 +94,7 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[list[
 def _chunks(
     shard: list[tuple[str, Tensor]], notes: Mapping[str, str], progress: Progress | None
 ) -> Iterator[bytes | memoryview]:
-    """The bytes of one file: length, header, then each tensor. Wide dtypes come first, so that all are
-    aligned.
-    """
+    """The bytes of one file: length, header, then each tensor; wide dtypes first, so that all are aligned."""
     shard = sorted(shard, key=lambda item: (-_ORDER[_format(item[1]).name], item[0]))
     header: dict[str, object] = {METADATA: dict(sorted(notes.items()))}
     end = 0

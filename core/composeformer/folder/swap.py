@@ -1,5 +1,4 @@
-"""One folder takes the place of another: atomically where the system can exchange two names, else in two
-renames.
+"""One folder takes the place of another: in one step where the system can, else in two renames.
 
 Linux exchanges with renameat2(2). Elsewhere, and on file systems that lack it, the old folder steps aside
 first; a writer killed between the two renames leaves the old content under the aside name, and `recover`
@@ -24,9 +23,7 @@ _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, err
 
 
 def publish(folder: Path, target: Path) -> None:
-    """`folder` becomes `target`; content that was there is deleted, or left at `folder` for the caller to
-    delete.
-    """
+    """`folder` becomes `target`; what was there is deleted, or left at `folder` for the caller."""
     if not target.is_dir() or not os.listdir(target):
         try:
             os.rename(folder, target)
@@ -47,9 +44,7 @@ def publish(folder: Path, target: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchanges two names in one step. False where system or file system has no such step; OSError if it
-    failed.
-    """
+    """Exchanges two names in one step. False where the system has no such step; OSError if it failed."""
     if not sys.platform.startswith("linux"):
         return False
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -65,8 +60,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def recover(target: Path, *, own: Path | None = None) -> None:
-    """Ends the two renames of a writer that was killed: what it put aside is put back, or deleted if
-    replaced.
+    """Ends the two renames of a writer that was killed: what it put aside is put back, or deleted.
 
     What a living writer put aside is left to it, save `own`, which is the caller's.
     """

@@ -6,6 +6,7 @@ formats.
 """
 
 import os
+from collections.abc import Mapping
 import stat
 from io import BufferedReader
 from pathlib import Path
@@ -33,6 +34,10 @@ class GGUFFile:
         self.metadata = header.metadata
         self.tensors = header.tensors
         self._file = file
+
+    def names(self) -> Mapping[str, TensorInfo]:
+        """What is in the file, by name."""
+        return self.tensors
 
     def get(self, name: str) -> Float[Tensor, "..."]:
         """The tensor as float32, shaped as `tensors[name].shape`: contiguous, writable, the caller's own.

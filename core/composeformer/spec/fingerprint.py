@@ -17,11 +17,15 @@ if TYPE_CHECKING:
     from composeformer.spec.spec import Spec
 
 
-
 def meaning(spec: "Spec") -> dict[str, Any]:
     """What the fingerprint hashes, as plain data; two models compute the same function when it is equal."""
     plan = spec.plan
-    ends = {"embedding": plan.embedding, "residual": plan.residual, "head": plan.head, "predictor": plan.predictor}
+    ends: dict[str, Node | None] = {
+        "embedding": plan.embedding,
+        "residual": plan.residual,
+        "head": plan.head,
+        "predictor": plan.predictor,
+    }
     return {
         "model": _fields(spec.model, None),
         "ends": {slot: _node(node) for slot, node in ends.items() if node is not None},

@@ -16,6 +16,7 @@ from composeformer.errors import Problem, SpecError, nearest, one_of
 from composeformer.spec.document import Document, FileError, parse, printable, read
 from composeformer.spec.merge import merge
 from composeformer.spec.overrides import apply_all
+from composeformer.spec.unverified import carried
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -72,10 +73,10 @@ def _resolved(found: _Found, overrides: Sequence[str]) -> Document:
         chain.append(parent)
     merged = chain[-1].document
     for link in reversed(chain[:-1]):
-        merged = merge(merged, link.document)
+        merged = carried(merged, merge(merged, link.document))
     merged.data = {key: value for key, value in merged.data.items() if key != "extends"}
     merged.sources = {path: source for path, source in merged.sources.items() if path[:1] != ("extends",)}
-    return apply_all(merged, overrides)
+    return carried(merged, apply_all(merged, overrides))
 
 
 def _parent(child: _Found) -> _Found:

@@ -4,6 +4,8 @@ Tables merge key by key; arrays and plain values are replaced. A table that name
 `kind` or by `use`, is replaced whole: the keys around the old name configured the old part.
 """
 
+from collections.abc import Mapping
+
 from composeformer.errors import Source
 from composeformer.spec.document import Document, places
 from composeformer.spec.scanner import Path
@@ -28,7 +30,7 @@ def combine(
 
     `sources` gains the places in it.
     """
-    if isinstance(below, dict) and isinstance(above, dict) and not (path and _names_another(below, above)):
+    if isinstance(below, dict) and isinstance(above, dict) and not (path and names_another(below, above)):
         return _tables(base, below, over, above, path, sources)
     return copied(over, above, path, sources)
 
@@ -64,7 +66,18 @@ def _tables(
     return merged
 
 
-def _names_another(below: dict[str, object], above: dict[str, object]) -> bool:
+def merged_tables(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, object]:
+    """The same rule for plain tables, without sources; values are shared, not copied."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = below.get(key)
+        tables = isinstance(old, dict) and isinstance(value, dict) and not names_another(old, value)
+        merged[key] = merged_tables(old, value) if tables else value  # type: ignore[arg-type]
+    return merged
+
+
+def names_another(below: Mapping[str, object], above: Mapping[str, object]) -> bool:
+    """Whether a table that changes another says that it is another part."""
     before, after = ({name: table[name] for name in NAMING if name in table} for table in (below, above))
     return bool(before and after) and any(before.get(name) != value for name, value in after.items())
 

@@ -228,7 +228,7 @@ def _end(pattern: re.Pattern[str], text: str, pos: int) -> int:
 def _unquoted(key: str) -> str:
     if key[0] not in "\"'":
         return key
-    if key[0] == "'" or "\\" not in key:
+    if "\\" not in key:
         return key[1:-1]
     try:
         value = tomli.loads(f"k = {key}")["k"]

@@ -1,120 +1,160 @@
 """A JSON Schema (draft 2020-12) of specs, for the plugins that are installed.
 
 Editors complete and check a spec against it. It says what the parser accepts, field by field, from the
-same facts; what only a model as a whole can tell (a divisibility, a name that no component has) is the
-parser's alone.
+same facts; what only a model as a whole can tell (a divisibility, a name that no component has, a number of
+layers) is the parser's alone.
+
+Each table is defined twice: with what must be in it, and, as `partial`, without. A spec that `extends`
+another may leave out what it inherits, so there the partial ones hold.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
-from composeformer.config import Config, FieldFacts, describe, facts_of
+from composeformer.config import LARGEST_INTEGER, Config, FieldFacts, describe, facts_of
 from composeformer.contracts import PHASES, SINGLE, SLOTS, Component
 from composeformer.model_config import ModelConfig, TrainConfig
 from composeformer.registry import Registry
-from composeformer.spec.resolve import MAX_LAYERS, SUBLAYERS
+from composeformer.spec.layers import MAX_LAYERS, SUBLAYERS
+
+Schema = dict[str, Any]
 
 _TYPES = {"integer": "integer", "float": "number", "boolean": "boolean", "string": "string"}
 
 
-def schema(registry: Registry) -> dict[str, Any]:
-    """The schema as one JSON document. A spec that `extends` another may leave out what it inherits."""
-    definitions: dict[str, Any] = {}
+def schema(registry: Registry) -> Schema:
+    """The schema as one JSON document."""
+    definitions: Schema = {}
     for slot in SLOTS:
         kinds = sorted(registry.kinds(slot))
         for kind in kinds:
-            definitions[f"{slot}.{kind}"] = _component(registry.get(slot, kind))
+            definitions |= _component(registry.get(slot, kind))
         definitions[f"{slot}.reference"] = _reference(slot, kinds)
-        # A table without `kind` is legal only where an inherited one states it; `extends` may be that.
-        definitions[f"{slot}.component"] = {"oneOf": [{"$ref": f"#/$defs/{slot}.{kind}"} for kind in kinds] or [False]}
+        for whole in ("", ".partial"):
+            tables = [_ref(f"{slot}.{kind}{whole}") for kind in kinds]
+            definitions[f"{slot}.component{whole}"] = {"anyOf": tables} if tables else {"not": {}}
+    definitions |= _config("model", ModelConfig, "What every part of a model shares.")
+    definitions |= _config("train", TrainConfig, "One run's sizes.")
     definitions["layers"] = _layers()
-    properties: dict[str, Any] = {
-        "format": {"const": 1},
+    plain: Schema = {
+        "format": {"const": 1, "description": "The format of specs that this version reads."},
         "name": {"type": "string"},
         "description": {"type": "string"},
         "source": {"type": "string", "description": "Where the values come from."},
-        "unverified": {"type": "array", "items": {"type": "string"}, "description": "Paths of values without a source."},
-        "extends": {"type": "string", "description": "A shipped spec's name, or a path relative to this file."},
-        "model": _table(ModelConfig, "What every part of a model shares."),
-        "train": _table(TrainConfig, "One run's sizes."),
-        "layers": {"$ref": "#/$defs/layers"},
+        "unverified": _strings("Paths of values without a source."),
+        "extends": {"type": "string", "description": "A shipped spec, or a path relative to this file."},
+        "layers": _ref("layers"),
     }
-    for slot, meaning in SLOTS.items():
-        one = {"$ref": f"#/$defs/{slot}.component"}
-        if slot in SINGLE:
-            properties[slot] = {"description": meaning, **one}
-        else:
-            several = {"type": "object", "not": {"required": ["kind"]}, "additionalProperties": one}
-            properties[slot] = {"description": meaning, "if": {"required": ["kind"]}, "then": one, "else": several}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "composeformer spec",
         "type": "object",
-        "properties": properties,
+        "properties": plain | {key: {} for key in ("model", "train", *SLOTS)},
         "additionalProperties": False,
         "if": {"required": ["extends"]},
-        "else": {"required": ["model", "layers"]},
+        "then": {"properties": _tables(".partial")},
+        "else": {"properties": _tables(""), "required": ["model", "layers"]},
         "$defs": definitions,
     }
 
 
-def _table(cls: type[Config], summary: str) -> dict[str, Any]:
-    facts = facts_of(cls)
-    return {
-        "type": "object",
-        "description": summary,
-        "properties": {name: field_schema(fact) for name, fact in facts.items()},
-        "required": [name for name, fact in facts.items() if fact.required and fact.slot is None],
-        "additionalProperties": False,
-    }
-
-
-def _component(component: Component) -> dict[str, Any]:
-    table = _table(component.config, component.summary)
-    names = ["auto", *(i.name for i in component.implementations)]
-    choice = {"enum": names}
-    by_phase = {"type": "object", "properties": dict.fromkeys(PHASES, choice), "additionalProperties": False}
-    table["properties"] = {
-        "kind": {"const": component.kind},
-        "implementation": {"anyOf": [choice, by_phase], "default": "auto"},
-        **table["properties"],
-    }
-    table["required"] = ["kind", *table["required"]]
-    return table
-
-
-def _reference(slot: str, kinds: list[str]) -> dict[str, Any]:
-    use = {"type": "object", "properties": {"use": {"type": "string"}}, "required": ["use"], "not": {"required": ["kind"]}}
-    inline = [{"$ref": f"#/$defs/{slot}.{kind}"} for kind in kinds]
-    return {"anyOf": [{"type": "string", "description": f"The name of a {slot} component."}, use, *inline]}
-
-
-def field_schema(fact: FieldFacts) -> dict[str, Any]:
+def field_schema(fact: FieldFacts) -> Schema:
     """The schema of one field."""
     if fact.slot is not None:
-        return {"$ref": f"#/$defs/{fact.slot}.reference", "description": fact.help}
-    one: dict[str, Any] = {"type": _TYPES[str(fact.kind)]}
-    for key, value in (
-        ("minimum", fact.minimum), ("maximum", fact.maximum), ("exclusiveMinimum", fact.above), ("multipleOf", fact.multiple_of)
-    ):
-        if value is not None:
-            one[key] = value
+        return {**_ref(f"{fact.slot}.reference"), "description": fact.help}
+    one: Schema = {"type": _TYPES[str(fact.kind)]}
+    if fact.kind == "integer":
+        one |= {"minimum": -LARGEST_INTEGER, "maximum": LARGEST_INTEGER}
+    bounds = {
+        "minimum": fact.minimum,
+        "maximum": fact.maximum,
+        "exclusiveMinimum": fact.above,
+        "multipleOf": fact.multiple_of,
+    }
+    one |= {key: bound for key, bound in bounds.items() if bound is not None}
     if fact.choices is not None:
         one["enum"] = list(fact.choices)
-    whole: dict[str, Any] = {"type": "array", "items": one} if fact.many else one
+    whole: Schema = {"type": "array", "items": one} if fact.many else one
     whole["description"] = f"{fact.help} ({describe(fact)})" if fact.help else describe(fact)
     if not fact.required and fact.default is not None:
         whole["default"] = list(fact.default) if isinstance(fact.default, tuple) else fact.default
     return whole
 
 
-def _layers() -> dict[str, Any]:
+def _ref(name: str) -> Schema:
+    return {"$ref": f"#/$defs/{name}"}
+
+
+def _strings(description: str) -> Schema:
+    return {"type": "array", "items": {"type": "string"}, "description": description}
+
+
+def _tables(whole: str) -> Schema:
+    """The top-level tables, each in full, or `.partial`."""
+    tables: Schema = {name: _ref(f"{name}{whole}") for name in ("model", "train")}
+    for slot, meaning in SLOTS.items():
+        one = _ref(f"{slot}.component{whole}")
+        several = {"type": "object", "additionalProperties": one}
+        if slot in SINGLE:
+            tables[slot] = {"description": meaning, **one}
+        elif whole:
+            tables[slot] = {"description": meaning, "anyOf": [one, several]}
+        else:
+            either = {"if": {"required": ["kind"]}, "then": one, "else": several}
+            tables[slot] = {"description": meaning, **either}
+    return tables
+
+
+def _config(name: str, cls: type[Config], summary: str, more: Schema | None = None) -> Schema:
+    """A config's two definitions."""
+    facts = facts_of(cls)
+    required = [field for field, fact in facts.items() if fact.required and fact.slot is None]
+    table = {
+        "type": "object",
+        "description": summary,
+        "properties": {**(more or {}), **{field: field_schema(fact) for field, fact in facts.items()}},
+        "additionalProperties": False,
+    }
+    required = (["kind"] if more else []) + required
+    return {f"{name}.partial": table, name: {**_ref(f"{name}.partial"), "required": required}}
+
+
+def _component(component: Component) -> Schema:
+    phases = {p: _choice(i.name for i in component.implementations if p in i.phases) for p in PHASES}
+    everywhere = _choice(i.name for i in component.implementations if set(PHASES) <= set(i.phases))
+    by_phase = {"type": "object", "properties": phases, "additionalProperties": False}
+    more: Schema = {
+        "kind": {"const": component.kind},
+        "implementation": {"anyOf": [everywhere, by_phase], "default": "auto"},
+    }
+    return _config(f"{component.slot}.{component.kind}", component.config, component.summary, more)
+
+
+def _choice(names: Iterable[str]) -> Schema:
+    return {"enum": ["auto", *names]}
+
+
+def _reference(slot: str, kinds: list[str]) -> Schema:
+    """What a field that takes a part accepts. A refinement has any keys: only the parser knows the kind."""
+    use = {
+        "type": "object",
+        "properties": {"use": {"type": "string"}},
+        "required": ["use"],
+        "not": {"required": ["kind"]},
+    }
+    name = {"type": "string", "description": f"The name of a {slot} component."}
+    return {"anyOf": [name, use, *(_ref(f"{slot}.{kind}") for kind in kinds)]}
+
+
+def _layers() -> Schema:
     repeat = {"type": "integer", "minimum": 1, "maximum": MAX_LAYERS, "default": 1}
-    part = {slot: {"anyOf": [{"const": False}, {"$ref": f"#/$defs/{slot}.reference"}]} for slot in SUBLAYERS}
-    entry = {"type": "object", "properties": {"repeat": repeat, **part}, "additionalProperties": False}
+    parts = {slot: {"anyOf": [{"const": False}, _ref(f"{slot}.reference")]} for slot in SUBLAYERS}
+    entry = {"type": "object", "properties": {"repeat": repeat, **parts}, "additionalProperties": False}
     pattern = {
         "type": "object",
-        "properties": {"repeat": repeat, "layers": {"$ref": "#/$defs/layers"}},
+        "properties": {"repeat": repeat, "layers": _ref("layers")},
         "required": ["layers"],
         "additionalProperties": False,
     }
-    return {"type": "array", "minItems": 1, "items": {"if": {"required": ["layers"]}, "then": pattern, "else": entry}}
+    items = {"if": {"required": ["layers"]}, "then": pattern, "else": entry}
+    return {"type": "array", "minItems": 1, "items": items}

@@ -21,19 +21,8 @@ WIDE = re.compile(r"%(\([^)]*\))?[-+ #_^0-9.*]*[0-9]{4}|\{[^{}]*[0-9]{4}")
 PADDING = {"center", "ljust", "rjust", "zfill", "expandtabs", "indent", "batch", "slice"}
 FORMATTING = {"format", "format_map", "strftime"}
 # What only picks from its operand, so that a long conversation is not weighed over and over.
-PICKING = {
-    "length",
-    "count",
-    "first",
-    "last",
-    "default",
-    "d",
-    "map",
-    "select",
-    "reject",
-    "selectattr",
-    "rejectattr",
-}
+PICKING = {"length", "count", "first", "last", "default", "d"}
+PICKING |= {"map", "select", "reject", "selectattr", "rejectattr"}
 
 
 class OverBudget(Exception):
@@ -57,6 +46,7 @@ class Budget:
         self._spend(literal)
 
     def write(self, value: object) -> None:
+        self.measure("output", value, [])
         self._spend(weigh(value))
 
     def measure(self, operation: str, left: object, rest: list[Any]) -> None:

@@ -8,8 +8,10 @@ a window, and only what a further token can not change is given out.
 """
 
 import codecs
+import re
 from collections.abc import Callable, Iterable, Mapping
 
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 # The window of the general decoder: tokens kept when it is cut back, and the length at which that happens.
@@ -68,20 +70,23 @@ def token_bytes(token: str, alphabet: Mapping[str, int]) -> bytes:
 
 
 class WindowStream(Stream):
-    """Any other vocabulary. `decode` is the whole decoder; `open_ended` tells tokens with no text of their own.
+    """Any other vocabulary. `decode` decodes whole sequences, `token` is as for `ByteStream`.
 
-    Byte tokens are such: a run of them that is no UTF-8 becomes replacement characters as a whole.
+    A run of byte tokens is held until it ends: if it is no UTF-8, all of it becomes replacement characters.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], open_ended: Callable[[int], bool]) -> None:
+    def __init__(self, decode: Callable[[list[int]], str], token: Callable[[int], str | None]) -> None:
         self._decode = decode
-        self._open_ended = open_ended
+        self._token = token
         self._ids: list[int] = []
         self._given = 0  # characters of the window's text that are out already
 
     def push(self, index: int) -> str:
+        token = self._token(index)
+        if token is None:
+            return ""
         self._ids.append(index)
-        if self._open_ended(index):
+        if BYTE.fullmatch(token):
             return ""
         text = self._decode(self._ids)
         if text.endswith(REPLACEMENT):

@@ -81,9 +81,13 @@ class Tokenizer:
 
     def stream(self, skip_special: bool = False) -> Stream:
         """A decoder for ids as they come; its pieces joined equal `decode` of all of them."""
+
+        def token(index: int) -> str | None:
+            return self._token(index, skip_special)
+
         if self._byte_level:
-            return ByteStream(lambda index: self._token(index, skip_special), self._alphabet)
-        return WindowStream(lambda ids: self.decode(ids, skip_special), self._open_ended)
+            return ByteStream(token, self._alphabet)
+        return WindowStream(self.decode, token)
 
     def _token(self, index: int, skip_special: bool) -> str | None:
         _check(index)
@@ -91,11 +95,6 @@ class Tokenizer:
             return None
         token: str | None = self._backend.id_to_token(index)
         return token
-
-    def _open_ended(self, index: int) -> bool:
-        _check(index)
-        token = self._backend.id_to_token(index)
-        return token is not None and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
     def _named(self, token: str | None) -> list[int]:
         index = None if token is None else self._backend.token_to_id(token)

@@ -3,6 +3,7 @@
 A mask is given only where one is needed, for without it the kernels skip half of the square.
 """
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -21,8 +22,9 @@ class SDPA(Attention):
         seen: Bool[Tensor, "B T S"] | None,
     ) -> Float[Tensor, "B T H D"]:
         groups = q_BTHD.shape[2] // k_BSKD.shape[2]
-        if groups > 1 and seen is not None and q_BTHD.device.type == "cuda":
-            # CUDA's kernels take a mask or grouped heads, not both; without a kernel the scores are stored.
+        flash = seen is None and q_BTHD.dtype in (torch.bfloat16, torch.float16)
+        if groups > 1 and q_BTHD.is_cuda and not flash:
+            # On CUDA only the flash kernel knows grouped heads; without a kernel the scores are stored.
             k_BSKD, v_BSKD = k_BSKD.repeat_interleave(groups, 2), v_BSKD.repeat_interleave(groups, 2)
             groups = 1
         mixed_BHTD = scaled_dot_product_attention(

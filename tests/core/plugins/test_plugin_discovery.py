@@ -109,8 +109,7 @@ def test_our_own_distribution_is_not_held_to_a_requirement(site):
     info = site.metadata / "composeformer-1.2.0.dist-info"
     (info / "entry_points.txt").write_text(f"[composeformer]\nown = {module}\n")
     (info / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: composeformer\nVersion: 1.2.0\n"
-        "Requires-Dist: composeformer[text]>=9; extra == 'test'\n"
+        "Metadata-Version: 2.1\nName: composeformer\nVersion: 1.2.0\nRequires-Dist: composeformer[text]>=9\n"
     )
     assert {info.name: info.status for info in load_plugins().infos} == {"own": "loaded", "alpha": "loaded"}
 

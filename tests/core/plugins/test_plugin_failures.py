@@ -59,7 +59,7 @@ BAD: dict[str, tuple[str, str]] = {
     ),
     "wrong_arguments": (
         f"@hookimpl\ndef compose_components(registry):\n    {GOOD}\n",
-        "Argument(s) {'registry'} are declared in the hookimpl but can not be found in the hookspec",
+        "its hook is refused: compose_components(registry): Argument(s) {'registry'} are declared",
     ),
     "unmarked": (hook(GOOD).removeprefix("@hookimpl\n"), "compose_components is not marked with @hookimpl"),
     "wrapper": (
@@ -119,6 +119,19 @@ BAD: dict[str, tuple[str, str]] = {
     "mutable_empty": (
         "@attrs.define(slots=False)\nclass Odd(Config):\n    pass\n" + component_of('"o", config=Odd'),
         "config Odd must be frozen",
+    ),
+    "mutable_slots": (
+        "@attrs.define\nclass Odd(Config):\n    pass\n" + component_of('"odd", config=Odd'),
+        "config Odd must be frozen",
+    ),
+    "same_file": (
+        hook(
+            "here = Path(__file__).with_name('one.toml')",
+            "here.write_text('')",
+            "return [here] * 2",
+            name="compose_specs",
+        ),
+        "compose_specs: one.toml is shipped twice",
     ),
     "list_field": (config_of("sizes: list[int] = field()"), "config Odd.sizes: list[int] is not int, float"),
     "dict_field": (config_of("sizes: dict[str, int] = field()"), "config Odd.sizes: dict[str, int] is not"),

@@ -69,6 +69,7 @@ class Writer:
         self.lines: dict[Path, int] = {}
         self.children: dict[Path, set[str]] = {(): set()}
         self.implicit: dict[Path, bool] = {}  # of each table that a header may enter: does it lack its own?
+        self.dotted: dict[Path, list[Path]] = {}
         self.last: dict[Path, int] = {}
 
     def line(self) -> int:
@@ -114,7 +115,8 @@ class Writer:
         elif kind == "lines":
             body = "\n".join(self.draw(st.lists(TRAPS, max_size=4)))
             if self.one(0, 1) and "''" not in body:
-                self.text += f"'''{body}'''"
+                end = self.one("", "x", "x'", "x''")
+                self.text += f"'''{body}{end}'''"
             else:
                 # The last quotes are the string's own, though they touch the three that end it.
                 body = body.replace("\\", "\\\\").replace('""', '"\\"')
@@ -152,9 +154,12 @@ class Writer:
 
     def entry(self, table: Path, depth: int) -> None:
         line = self.line()
-        parts: list[str] = []
-        here = table
-        for _ in range(self.one(1, 1, 2, 3)):
+        # A dotted key makes tables, which other dotted keys of the same table go on to fill.
+        here: Path = self.one(table, *self.dotted.get(table, []))
+        parts = [str(part) for part in here[len(table) :]]
+        for more in range(self.one(1, 1, 2, 3)):
+            if more:
+                self.dotted.setdefault(table, []).append(here)
             parts.append(self.new(here))
             here = (*here, parts[-1])
             self.lines[here] = line
@@ -168,6 +173,7 @@ class Writer:
         choice = self.one("new", "new", "array", "mentioned", "next")
         mentioned = [path for path, lacking in self.implicit.items() if lacking and self.current(path)]
         arrays = [path for path in self.last if self.current(path)]
+        path: Path
         if choice == "mentioned" and mentioned:
             path = self.one(*mentioned)
         elif choice == "next" and arrays:
@@ -274,6 +280,7 @@ def test_scanning_ends_on_any_text_and_agrees_with_tomli_where_tomli_accepts(tex
     assert set(found) == set(paths(data))
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=4), min_size=1, max_size=4))
 def test_a_dotted_path_is_printable_and_reads_back(parts: list[str]) -> None:
     parts = [part.encode(errors="ignore").decode() for part in parts]

@@ -30,7 +30,7 @@ def same(one: object, other: object) -> bool:
     return type(one) is type(other) and repr(one) == repr(other)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(st.dictionaries(KEYS, VALUES, max_size=6))
 def test_what_is_written_reads_back_and_is_written_alike(data: dict[str, object]) -> None:
     text = dumps(data)

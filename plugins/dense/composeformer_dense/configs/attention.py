@@ -6,6 +6,9 @@ al. (arXiv 1706.03762), one key head is Shazeer's multi-query attention (arXiv 1
 
 from collections.abc import Iterable
 from math import sqrt
+from typing import Self
+
+import attrs
 
 from composeformer.config import Config, config, field, part
 from composeformer.contracts import (
@@ -66,6 +69,9 @@ class GQA(Config):
         if self.head_dim is None and site.width % self.num_heads:
             allowed = f"must divide hidden_size ({site.width}), or head_dim must be given"
             yield Problem("num_heads", self.num_heads, allowed)
+
+    def filled(self, site: Site) -> Self:
+        return attrs.evolve(self, num_kv_heads=self.kv_heads, head_dim=self.head_width(site.width))
 
     def tensors(self, site: Site) -> Iterable[Declared]:
         width = self.head_width(site.width)

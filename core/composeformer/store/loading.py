@@ -12,21 +12,26 @@ from composeformer.build import fill, skeleton
 from composeformer.decoder import Model
 from composeformer.dialects import find, load_all
 from composeformer.errors import FolderError, one_of
-from composeformer.folder import TensorInfo, WeightReader
+from composeformer.folder import WeightReader
 from composeformer.folder import check_manifest as check_files
 from composeformer.spec import Spec
 from composeformer.store.lock import NATIVE, check_lock, read_lock
-from composeformer.store.save import SPEC_NAME
+from composeformer.store.saving import SPEC_NAME
 
 MAX_CONFIG_BYTES = 16_000_000
+
+
+class Shaped(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 class Tensors(Protocol):
     """A source of named tensors: a folder's weights, or a GGUF file's."""
 
-    def names(self) -> Mapping[str, TensorInfo]: ...
+    def names(self) -> Mapping[str, Shaped]: ...
 
-    def get(self, name: str) -> Tensor: ...
+    def get(self, name: str, /) -> Tensor: ...
 
 
 def load(
@@ -63,7 +68,14 @@ def describe(root: Path) -> tuple[Spec, str]:
         return spec, lock["dialect"]
     config = read_config(root)
     dialect = find(config)
-    return Spec.from_dict(dialect.to_spec(config), label=str(root / "config.json")), dialect.name
+    with WeightReader(root) as reader:
+        document = dialect.to_spec(config, shapes(reader))
+    return Spec.from_dict(document, label=str(root / "config.json")), dialect.name
+
+
+def shapes(source: Tensors) -> dict[str, tuple[int, ...]]:
+    """The shapes of a source's tensors by their names."""
+    return {name: tuple(info.shape) for name, info in source.names().items()}
 
 
 def read_config(root: Path) -> dict[str, Any]:
@@ -115,6 +127,6 @@ def open_any(path: "str | os.PathLike[str]", *, check_hashes: bool = False) -> M
 
     with open_gguf(where) as file:
         dialect = find(file.metadata)
-        model = skeleton(Spec.from_dict(dialect.to_spec(file.metadata), label=str(where)))
+        model = skeleton(Spec.from_dict(dialect.to_spec(file.metadata, shapes(file)), label=str(where)))
         fill(model, read(model.spec, dialect.name, file, where), "cpu")
     return model

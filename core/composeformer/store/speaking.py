@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from composeformer import generate as generation
+from composeformer.generate import generate as continue_prompts
 from composeformer.decoder import Model
 from composeformer.text import Tokenizer
 
@@ -22,5 +22,5 @@ def generate(model: Model, prompt: Any, **options: Any) -> Any:
     Returns the new text for one string, else a list of `Generation`. The tokenizer is the folder's unless given.
     """
     options.setdefault("tokenizer", tokenizer_of(model))
-    found = generation.generate(model, prompt, **options)
+    found = continue_prompts(model, prompt, **options)
     return found[0].text if isinstance(prompt, str) else found

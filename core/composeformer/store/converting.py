@@ -12,9 +12,9 @@ from composeformer.dialects import Dialect, expressing, find
 from composeformer.errors import DialectError, FolderError
 from composeformer.folder import TensorInfo, WeightReader, new_folder, write_json, write_shards
 from composeformer.spec import Spec
-from composeformer.store.load import describe, read, read_config
+from composeformer.store.loading import describe, read, read_config, shapes
 from composeformer.store.lock import NATIVE
-from composeformer.store.save import SPEC_NAME, counted, write
+from composeformer.store.saving import SPEC_NAME, counted, write
 from composeformer.text import copy_tokenizer
 
 Progress = Callable[[int, int], None] | None
@@ -47,7 +47,7 @@ def _from_folder(root: Path, target: Any, replace: bool, max_shard_bytes: int, p
     config = read_config(root)
     dialect = find(config)
     with WeightReader(root) as reader:
-        document = dialect.to_spec(config)
+        document = dialect.to_spec(config, shapes(reader))
         document.setdefault("name", root.resolve().name)
         spec = _stored(Spec.from_dict(document, label=str(root / "config.json")), reader.names())
         tensors = dict(read(spec, dialect.name, reader, root))
@@ -61,7 +61,7 @@ def _from_gguf(path: Path, target: Any, replace: bool, max_shard_bytes: int, pro
 
     with open_gguf(path) as file:
         dialect = find(file.metadata)
-        document = dialect.to_spec(file.metadata)
+        document = dialect.to_spec(file.metadata, shapes(file))
         document.setdefault("name", path.stem)
         spec = Spec.from_dict(document, label=str(path))
         tensors = dict(read(spec, dialect.name, file, path))

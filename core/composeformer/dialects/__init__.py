@@ -1,0 +1,79 @@
+"""Dialects: how another ecosystem names the same models. One TOML file each, the only home of foreign names.
+
+The same lines read and write. A file has these tables:
+
+- `name`, `source` ("huggingface" or "gguf"), `model_type`, `architectures`; `ignore`: keys that can not
+  change what is computed. Any other key without a line is refused by name.
+- `[config]`: `their_key = { ours, name, default, null, values, require, when, write }`. `ours` is a path, or
+  several that share the value. `default` is the class default, `"= EXPRESSION"` where it follows from other
+  names. `null = "default"`, `"absent"` or `"= EXPRESSION"` says what a null means. `write = "changed"` leaves
+  a default unsaid, `"never"` the key. Keys of the rotary table are named `"rope_parameters.KEY"` and read in
+  both spellings.
+- `[shapes]`: the same, read from a tensor: `shape = 0` is its first dimension, `"exists"` or `"missing"`
+  whether it is there.
+- `[ours]`: what the family fixes: `"mixer.kind" = "gqa"`.
+- `[patterns.NAME]`: which layers differ, as `list`, `first`, `beyond`, `every`, `indices`, `all_but` say it.
+  A line whose `when` speaks of NAME holds in those layers.
+- `tensors`: lines as `lines.TensorLine` describes them; sizes and numbers are expressions of names.
+"""
+
+import logging
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from composeformer.dialects.dialect import Dialect
+from composeformer.dialects.rules import Transfer
+from composeformer.errors import DialectError, nearest, one_of, show
+from composeformer.plugins import Plugins, current
+from composeformer.spec import Spec
+
+__all__ = ["Dialect", "Transfer", "expressing", "find", "load_all"]
+
+log = logging.getLogger(__name__)
+
+
+def load_all() -> tuple[Dialect, ...]:
+    """The dialects of all plugins. One that can not be read is reported and left out."""
+    return _loaded(current())
+
+
+@cache
+def _loaded(plugins: Plugins) -> tuple[Dialect, ...]:
+    dialects = []
+    for file in plugins.dialect_files:
+        try:
+            dialects.append(Dialect(file.read_text(encoding="utf-8"), file.name))
+        except (DialectError, OSError, UnicodeDecodeError) as error:
+            log.warning("dialect %s is left out: %s", file.name, error)
+    return tuple(dialects)
+
+
+def find(config: Mapping[str, Any]) -> Dialect:
+    """The dialect of a config, or of a GGUF file's metadata. Raises DialectError where none is installed."""
+    dialects = load_all()
+    for dialect in dialects:
+        if dialect.matches(config):
+            return dialect
+    gguf = "general.architecture" in config
+    key = "general.architecture" if gguf else "model_type"
+    names = [d.model_type for d in dialects if (d.source == "gguf") == gguf]
+    stated = config.get(key)
+    near = nearest(stated, names) if isinstance(stated, str) else None
+    hint = f"; did you mean {near!r}?" if near else ""
+    raise DialectError(f"{key} = {show(stated)}: no dialect reads this; allowed: {one_of(names)}{hint}")
+
+
+def expressing(spec: Spec) -> tuple[Dialect, dict[str, Any]]:
+    """The first dialect that can express a spec, with its config.
+
+    Raises DialectError with each dialect's reasons.
+    """
+    reasons = []
+    for dialect in load_all():
+        if dialect.source == "huggingface":
+            try:
+                return dialect, dialect.to_config(spec)
+            except DialectError as error:
+                reasons += [f"{dialect.name}: {line}" for line in error.lines]
+    raise DialectError(*(reasons or ["no dialect is installed"]))

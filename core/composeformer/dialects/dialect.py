@@ -1,0 +1,122 @@
+"""A dialect at work: their config to a spec and back, and their tensors to ours and back."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from composeformer import lazy
+from composeformer.dialects import document, family, reading, rules, spellings, writing
+from composeformer.dialects.rules import Transfer
+from composeformer.errors import DialectError, SpecError, one_of, show
+from composeformer.plugins import current
+from composeformer.spec import Spec
+from composeformer.spec.fingerprint import meaning
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from composeformer.dialects.transfer import Weights
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Dialect:
+    """One family as an ecosystem names it, made from the text of its file; errors call the file `label`."""
+
+    def __init__(self, text: str, label: str = "dialect") -> None:
+        self.family = family.parse(text, label)
+        self.name = self.family.name
+        self.source = self.family.source
+        self.model_type = self.family.model_type
+        self.architectures = self.family.architectures
+
+    def __repr__(self) -> str:
+        return f"Dialect({self.name!r})"
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config, or a GGUF file's metadata, says that it is of this family."""
+        key = "model_type" if self.source == "huggingface" else "general.architecture"
+        gguf = "general.architecture" in config
+        return config.get(key) == self.model_type and gguf == (self.source == "gguf")
+
+    def to_spec(self, config: Mapping[str, Any], shapes: Shapes | None = None) -> dict[str, Any]:
+        """The spec document of a config. `shapes` are those of the tensors beside it; GGUF needs them.
+
+        Raises DialectError with every field that is unknown, missing, or has a value that is not allowed.
+        """
+        values = reading.read(self.family, self._known(config), shapes or {})
+        return document.document(reading.tree(self.family, values), current().registry)
+
+    def to_config(self, spec: Spec) -> dict[str, Any]:
+        """The config that means the same as a spec, class defaults spelled out.
+
+        Raises DialectError with the reasons why there is none.
+        """
+        if self.source != "huggingface":
+            raise DialectError(f"{self.name}: {self.source} is read, not written")
+        written = spellings.unfold(writing.config(self.family, writing.values(self.family, spec)))
+        config = {"architectures": list(self.architectures[:1]), "model_type": self.model_type, **written}
+        try:
+            again = Spec.from_dict(self.to_spec(config))
+        except (DialectError, SpecError) as error:
+            raise DialectError(*(f"it can not be said: {line}" for line in error.lines)) from error
+        if (difference := _difference(meaning(spec), meaning(again), "")) is not None:
+            where, ours, theirs = difference
+            raise DialectError(f"{where} is {_told(ours)}, but {self.name} can only say {_told(theirs)}")
+        return config
+
+    def rules(self, spec: Spec) -> list[Transfer]:
+        """The tensor lines expanded for a spec. Raises DialectError for a spec that is not of this family."""
+        return rules.expand(self.family, spec, writing.values(self.family, spec))
+
+    def read(self, spec: Spec, source: "Weights") -> "Iterator[tuple[str, Tensor]]":
+        """Our tensors by name, loaded lazily, in the layout of the spec and the dtype of the source.
+
+        Raises DialectError, before the first tensor, with all that are missing, mis-shaped or unexpected;
+        later where a copy of a shared tensor differs from it.
+        """
+        found: Iterator[tuple[str, Tensor]] = _transfer("read")(self.rules(spec), source, self.name)
+        return found
+
+    def write(self, spec: Spec, get: "Callable[[str], Tensor]") -> "Iterator[tuple[str, Tensor]]":
+        """Their tensors by name, made lazily from ours; exactly what `read` took, bit by bit."""
+        made: Iterator[tuple[str, Tensor]] = _transfer("write")(self.rules(spec), get)
+        return made
+
+    def _known(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The config in one spelling, without the keys that chose this dialect."""
+        rest = dict(config)
+        if self.source == "gguf":
+            del rest["general.architecture"]
+            return {k: spellings.decimal(v) if isinstance(v, float) else v for k, v in rest.items()}
+        rest.pop("model_type", None)
+        stated = rest.pop("architectures", None) or list(self.architectures[:1])
+        if not isinstance(stated, list) or any(each not in self.architectures for each in stated):
+            allowed = one_of(self.architectures)
+            raise DialectError(f"architectures = {show(stated)}: {self.name} reads {allowed}")
+        return spellings.fold(rest)
+
+
+def _transfer(name: str) -> Any:
+    return lazy.load(f"composeformer.dialects.transfer:{name}")
+
+
+def _told(found: object) -> str:
+    if isinstance(found, dict) and "kind" in found:
+        return f"a {found['kind']}"
+    return "the default" if found is None else show(found)
+
+
+def _difference(a: Any, b: Any, path: str) -> tuple[str, object, object] | None:
+    """The first place where two meanings differ: its path and both values, None for one that has none."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in (*a, *(k for k in b if k not in a)):
+            step = path if key in ("fields", "ends") else f"{path}.{key}" if path else key
+            if (found := _difference(a.get(key), b.get(key), step)) is not None:
+                return found
+        return None
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        for index, (left, right) in enumerate(zip(a, b, strict=True)):
+            if (found := _difference(left, right, f"{path}.{index}")) is not None:
+                return found
+        return None
+    return None if a == b else (path, a, b)

@@ -1,0 +1,55 @@
+"""Values for a model on the meta device: each tensor by name, an alias together with what it is."""
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor, nn
+
+from composeformer.errors import InputError, join, nearest, one_of
+
+Places = dict[int, tuple[Tensor, list[tuple[str, nn.Module, str]]]]
+
+
+def fill(
+    model: nn.Module,
+    values: Iterable[tuple[str, Tensor]],
+    device: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Gives every parameter and buffer its value, on `device` and in the model's dtype; aliases stay aliases.
+
+    `progress(done, total)` counts tensors. Raises InputError for a name that the model does not have, a second
+    value, another shape, or tensors without a value.
+    """
+    open_places = places(model)
+    names = {name: key for key, (_, owners) in open_places.items() for name, _, _ in owners}
+    total, done = len(open_places), 0
+    for name, value in values:
+        if name not in names:
+            near = nearest(name, names)
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise InputError(f"{name}: the model has no tensor of this name{hint}")
+        if names[name] not in open_places:
+            raise InputError(f"{name}: has its value already, by this name or that of an alias")
+        old, owners = open_places.pop(names[name])
+        if tuple(value.shape) != tuple(old.shape):
+            raise InputError(f"{name}: has shape {tuple(value.shape)}, the model wants {tuple(old.shape)}")
+        data = value.to(device=device, dtype=old.dtype)
+        new = nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
+        for _, module, attribute in owners:
+            setattr(module, attribute, new)
+        done += 1
+        if progress is not None:
+            progress(done, total)
+    if open_places:
+        raise InputError(f"no value given for {one_of(owners[0][0] for _, owners in open_places.values())}")
+
+
+def places(model: nn.Module) -> Places:
+    """Every distinct tensor by identity, with all places where it stands: full name, module, attribute."""
+    found: Places = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                owners = found.setdefault(id(tensor), (tensor, []))[1]
+                owners.append((join(path, attribute), module, attribute))
+    return found

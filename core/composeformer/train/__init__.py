@@ -1,0 +1,19 @@
+"""Training in one process: one optimizer step, and what it asks of objectives and optimizers."""
+
+from composeformer.train.after import Run
+from composeformer.train.batch import TokenBatch
+from composeformer.train.roles import MakeOptimizer, Objective, Trained
+from composeformer.train.step import StepResult, train_step
+from composeformer.train.trainer import trained, trainer
+
+__all__ = [
+    "MakeOptimizer",
+    "Objective",
+    "Run",
+    "StepResult",
+    "TokenBatch",
+    "Trained",
+    "train_step",
+    "trained",
+    "trainer",
+]

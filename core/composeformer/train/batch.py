@@ -1,0 +1,39 @@
+"""What a training step reads: rows of token ids, which of them are real, which document each is of."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from composeformer.decoder import count_positions
+from composeformer.tensors import Batch
+
+
+class TokenBatch(NamedTuple):
+    """Rows of tokens. `valid` is False at padding, `documents` numbers packed documents.
+
+    Without them all tokens are real and a row is one document. Positions count from 0 within each document
+    unless they are given.
+    """
+
+    ids: Int[Tensor, "B T"]
+    valid: Bool[Tensor, "B T"] | None = None
+    documents: Int[Tensor, "B T"] | None = None
+    positions: Int[Tensor, "B T"] | None = None
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        return TokenBatch(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]
+
+    def seen(self) -> Batch:
+        """The same as an objective sees it, without rotary tables."""
+        positions = self.positions
+        if positions is None:
+            positions = count_positions(self.ids, self.documents, self.valid)
+        return Batch(self.ids, positions, self.documents, self.valid)
+
+    def num_tokens(self) -> Int[Tensor, ""]:
+        """How many tokens are real."""
+        if self.valid is None:
+            return torch.tensor(self.ids.numel(), device=self.ids.device)
+        return self.valid.sum()

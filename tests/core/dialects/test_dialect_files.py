@@ -1,0 +1,128 @@
+"""Dialect files are strict data: a slip at any place of one is refused and named, and a broken one harms no other."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli
+import tomli_w
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from composeformer.dialects import family, load_all, spellings
+from composeformer.errors import DialectError
+from composeformer.plugins import current
+
+TEXTS = {file.name: file.read_text(encoding="utf-8") for file in current().dialect_files}
+Path_ = tuple[Any, ...]
+
+
+def tables(value: Any, path: Path_ = ()) -> list[Path_]:
+    """Every table of a document whose keys are the language's, not names of theirs."""
+    found: list[Path_] = []
+    if isinstance(value, dict):
+        free = path in (("config",), ("shapes",), ("ours",), ("patterns",)) or path[-1:] == ("values",)
+        found += [] if free else [path]
+        below = list(value.items())
+    else:
+        below = list(enumerate(value)) if isinstance(value, list) else []
+    return found + [each for key, inner in below for each in tables(inner, (*path, key))]
+
+
+def test_every_shipped_file_is_read() -> None:
+    assert {f"{d.name.replace('-', '_')}.toml" for d in load_all()} >= {*TEXTS} != set()
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_an_unknown_key_at_any_place_is_refused_by_name(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(TEXTS)))
+    document = tomli.loads(TEXTS[name])
+    path = data.draw(st.sampled_from(tables(document)))
+    changed = copy.deepcopy(document)
+    table = changed
+    for step in path:
+        table = table[step]
+    table["unheard_of"] = 1
+    with pytest.raises(DialectError, match="unheard_of|one index") as caught:
+        family.parse(tomli_w.dumps(changed), name)
+    assert str(caught.value).startswith(name)
+    assert len(caught.value.lines) == 1
+
+
+SMALL: dict[str, Any] = {
+    "format": 1,
+    "name": "small",
+    "source": "huggingface",
+    "model_type": "small",
+    "architectures": ["Small"],
+    "config": {"depth": {"ours": "num_layers"}, "width": {"ours": "model.hidden_size"}},
+    "ours": {"mixer.kind": "gqa"},
+    "tensors": [{"theirs": "w", "ours": "embedding.weight"}],
+}
+
+
+def changed(**changes: Any) -> str:
+    return tomli_w.dumps(SMALL | changes)
+
+
+def with_key(**key: Any) -> str:
+    return changed(config=SMALL["config"] | {"x": key})
+
+
+def with_tensor(**line: Any) -> str:
+    return changed(tensors=[*SMALL["tensors"], line])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("format = ", "small.toml"),
+        (changed(format=2), "format must be 1"),
+        (changed(source="elsewhere"), "must be one of huggingface, gguf"),
+        (changed(architectures=[]), "architectures"),
+        (changed(config={"width": {"ours": "model.hidden_size"}}), "no line fills num_layers"),
+        (changed(tensors=7), "tensors"),
+        (with_key(), "needs `ours` or `require`"),
+        (with_key(ours="attention.window"), "is no path of ours"),
+        (with_key(ours="model"), "is no path of ours"),
+        (with_key(ours="mixer.hidden_size"), "names both model.hidden_size and mixer.hidden_size"),
+        (with_key(ours="mixer.a", default="= width // 2"), "uses width"),
+        (with_key(ours="mixer.a", when="deep"), "uses deep"),
+        (with_key(ours="mixer.a", null="maybe"), "null"),
+        (with_key(ours="mixer.a", write="often"), "write"),
+        (with_key(ours="mixer.a", values=[1]), "values must be a table"),
+        (with_key(ours="mixer.a", when="import os"), "is no expression"),
+        (with_key(ours=3), "must be text"),
+        (changed(shapes={"w": {"ours": "model.a", "shape": "wide"}}), "must be a dimension"),
+        (changed(patterns={"p": {"ours": "mixer.a", "choose": []}}), "list of tests"),
+        (changed(patterns={"p": {"ours": "mixer.a", "choose": [{}]}}), "one of list, first"),
+        (changed(patterns={"p": {"ours": "mixer.a", "choose": [{"list": "k"}]}}), "chosen"),
+        (with_tensor(theirs="x{l", ours="y"), "is no tensor name"),
+        (with_tensor(theirs="x{z}", ours="y"), "uses z"),
+        (with_tensor(theirs="x", ours="y", same_as="w"), "needs one of"),
+    ],
+)
+def test_a_slip_is_told_in_one_line_with_its_place(text: str, words: str) -> None:
+    with pytest.raises(DialectError, match=words) as caught:
+        family.parse(text, "small.toml")
+    assert str(caught.value).startswith("small.toml")
+    assert len(caught.value.lines) == 1
+
+
+def test_the_small_file_itself_is_read() -> None:
+    assert family.parse(changed(), "small.toml").names == {"num_layers", "hidden_size"}
+
+
+@given(st.floats(min_value=2.0**-120, max_value=2.0**120, width=32))
+def test_a_float32_becomes_the_shortest_decimal_that_rounds_to_it(value: float) -> None:
+    short = spellings.decimal(value)
+    assert spellings._float32(short) == spellings._float32(value)
+    assert len(repr(short)) <= len(repr(value))
+
+
+def test_the_decimals_that_people_write_come_back() -> None:
+    assert spellings.decimal(9.999999747378752e-06) == 1e-5
+    assert spellings.decimal(500000.0) == 500000.0
+    assert spellings.decimal(0.1) == 0.1
