@@ -4,6 +4,9 @@
 Nothing is imported until it is used, so that describing a model costs no import of torch.
 """
 
+import sys
+from types import ModuleType
+
 TYPE_CHECKING = False  # as typing's; importing typing costs what `compose --help` has no time for
 
 if TYPE_CHECKING:
@@ -65,3 +68,14 @@ def __getattr__(name: str) -> "Any":
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Importing the subpackage `generate` (or `build`, or `cost`) does not hide the function of that name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in _HOMES or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -239,9 +239,8 @@ def _refusal(fact: FieldFacts, found: object) -> str | None:
     if fact.choices is not None and found not in fact.choices:
         return f"must be one of {one_of(str(c) for c in fact.choices)}"
     if isinstance(found, int | float) and not isinstance(found, bool):
-        largest = LARGEST_INTEGER if fact.kind == "integer" else 2**63
-        if isinstance(found, int) and abs(found) > largest:
-            return f"must be from {-largest} to {largest}"
+        if isinstance(found, int) and abs(found) > LARGEST_INTEGER:
+            return f"must be from {-LARGEST_INTEGER} to {LARGEST_INTEGER}"
         if not isfinite(found):
             return "must be finite"
         if fact.minimum is not None and found < fact.minimum:

@@ -17,12 +17,12 @@ def fill(
 ) -> None:
     """Gives every parameter and buffer its value, on `device` and in the model's dtype; aliases stay aliases.
 
-    `progress(done, total)` counts tensors. Raises InputError for a name that the model does not have, a second
-    value, another shape, or tensors without a value.
+    `progress(done, total)` counts tensors. Raises InputError for a name that the model does not have, a
+    second value, another shape, or tensors without a value.
     """
     open_places = places(model)
     names = {name: key for key, (_, owners) in open_places.items() for name, _, _ in owners}
-    total, done = len(open_places), 0
+    total = len(open_places)
     for name, value in values:
         if name not in names:
             near = nearest(name, names)
@@ -37,9 +37,8 @@ def fill(
         new = nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
         for _, module, attribute in owners:
             setattr(module, attribute, new)
-        done += 1
         if progress is not None:
-            progress(done, total)
+            progress(total - len(open_places), total)
     if open_places:
         raise InputError(f"no value given for {one_of(owners[0][0] for _, owners in open_places.values())}")
 

@@ -15,6 +15,7 @@ from composeformer.contracts import PHASES, Facts, Implementation, Part, Phase
 from composeformer.errors import Problem, SpecError, one_of
 from composeformer.site import Site
 from composeformer.spec.resolve import place
+from composeformer.spec.scanner import dotted
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +37,13 @@ class Chooser:
         Raises SpecError where the one asked for can not serve, or none can.
         """
         if stated.slot in PHASED:
-            return {phase: self._one(stated, config, site, (phase,), stated.chosen(phase)) for phase in PHASES}
+            return {p: self._one(stated, config, site, (p,), stated.chosen(p)) for p in PHASES}
         asked = {name for phase in PHASES if (name := stated.chosen(phase)) != "auto"}
         if len(asked) > 1:
             told = f"a {stated.slot} is not told the phase; choose one implementation for all"
             raise _wrong(stated, site, " and ".join(sorted(asked)), told)
-        return dict.fromkeys(PHASES, self._one(stated, config, site, PHASES, asked.pop() if asked else "auto"))
+        wanted = asked.pop() if asked else "auto"
+        return dict.fromkeys(PHASES, self._one(stated, config, site, PHASES, wanted))
 
     def _one(
         self, stated: Part, config: Any, site: Site, phases: tuple[Phase, ...], wanted: str
@@ -62,7 +64,9 @@ class Chooser:
         reasons = "; ".join(f"{name}: {why}" for name, why in refused)
         raise _wrong(stated, site, stated.kind, f"nothing serves {one_of(phases)} here: {reasons}", "kind")
 
-    def _reason(self, offered: Implementation, config: Any, site: Site, phases: tuple[Phase, ...]) -> str | None:
+    def _reason(
+        self, offered: Implementation, config: Any, site: Site, phases: tuple[Phase, ...]
+    ) -> str | None:
         for phase in phases:
             if phase not in offered.phases:
                 return f"it is for {one_of(offered.phases)} alone"
@@ -118,5 +122,6 @@ def _view(owner: nn.Module, cls: type[nn.Module]) -> nn.Module:
 def _wrong(stated: Part, site: Site, found: str, told: str, field: str = "implementation") -> SpecError:
     document = site.spec.document
     path = place(document, stated.paths, field)
-    where = f"{told} ({site.path})" if stated.paths and site.path != ".".join(map(str, stated.paths[0])) else told
-    return SpecError([Problem(".".join(map(str, path)), found, where, None, document.source(path))])
+    if site.path != dotted(stated.paths[0]):
+        told = f"{told} ({site.path})"
+    return SpecError([Problem(dotted(path), found, told, None, document.source(path))])

@@ -145,7 +145,8 @@ class Planner:
                 if below is not None:
                     children[declared.name] = below
             else:
-                raise TypeError(f"{part.slot} {part.kind} declares a {type(declared).__name__} at {site.path}")
+                sort = type(declared).__name__
+                raise TypeError(f"{part.slot} {part.kind} declares a {sort} at {site.path}")
         if not complete:
             return None
         return Node(part=filled, stated=part, site=site, linears=linears, weights=weights, children=children)

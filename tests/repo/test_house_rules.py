@@ -82,7 +82,7 @@ def test_every_module_says_what_it_is_for() -> None:
 
 
 def test_no_path_of_one_machine_and_nothing_unfinished() -> None:
-    unwanted = re.compile("/ro" + "ot/|/wo" + "rk/|TO" + "DO|FIX" + "ME|NotImplemented" + "Error")
+    unwanted = re.compile("/ro" + "ot/|/wo" + "rk/|TO" + "DO|FIX" + "ME|raise NotImplemented" + "Error")
     found = []
     for path in tracked("*.py", "*.md", "*.toml", "*.json", "*.sh"):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):

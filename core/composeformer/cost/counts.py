@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 import attrs
 
 from composeformer.contracts import Cache, Core, Phase
+from composeformer.errors import InputError
 from composeformer.plan import Node
 from composeformer.spec import Spec
 
@@ -75,10 +76,15 @@ class Counts:
 
 
 def cost(spec: "Spec | str", *, context: int | None = None, causal: bool = True) -> Counts:
-    """The counts of a spec, its path or its shipped name, at a context length (4096, or the model's longest)."""
+    """The counts of a spec, its path or its shipped name, at a context length (4096, or the model's longest).
+
+    Raises ComposeError for a spec that is none, or a context below 1.
+    """
     spec = Spec.load(spec)
     plan = spec.plan
-    length = context or min(DEFAULT_CONTEXT, spec.model.max_position_embeddings)
+    if context is not None and context < 1:
+        raise InputError(f"context = {context}: must be >= 1")
+    length = min(DEFAULT_CONTEXT, spec.model.max_position_embeddings) if context is None else context
     predictor = set(plan.predictor.walk()) if plan.predictor is not None else set()
     main = [node for node in plan.nodes() if node not in predictor]
     by_slot: Counter[str] = Counter()
@@ -134,7 +140,8 @@ def active_parameters(node: Node) -> int:
 def flops(node: Node, context: int, causal: bool, phase: Phase = "train") -> float:
     """Forward operations of a part alone, for one token."""
     products = 0 if node.slot == "router" else sum(linear.flops for linear in node.linears.values())
-    cores = sum(c.flops(context, causal) for c in node.part.config.cost(node.site, phase) if isinstance(c, Core))
+    costs = node.part.config.cost(node.site, phase)
+    cores = sum(c.flops(context, causal) for c in costs if isinstance(c, Core))
     return products + cores
 
 

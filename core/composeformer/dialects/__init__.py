@@ -11,6 +11,7 @@ The same lines read and write. A file has these tables:
   both spellings.
 - `[shapes]`: the same, read from a tensor: `shape = 0` is its first dimension, `"exists"` or `"missing"`
   whether it is there.
+- `[factors]`: rotary parameters known only by the numbers they give, in a tensor.
 - `[ours]`: what the family fixes: `"mixer.kind" = "gqa"`.
 - `[patterns.NAME]`: which layers differ, as `list`, `first`, `beyond`, `every`, `indices`, `all_but` say it.
   A line whose `when` speaks of NAME holds in those layers.

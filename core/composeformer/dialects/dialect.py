@@ -38,12 +38,19 @@ class Dialect:
         gguf = "general.architecture" in config
         return config.get(key) == self.model_type and gguf == (self.source == "gguf")
 
-    def to_spec(self, config: Mapping[str, Any], shapes: Shapes | None = None) -> dict[str, Any]:
-        """The spec document of a config. `shapes` are those of the tensors beside it; GGUF needs them.
+    def to_spec(
+        self,
+        config: Mapping[str, Any],
+        shapes: Shapes | None = None,
+        get: "Callable[[str], Tensor] | None" = None,
+    ) -> dict[str, Any]:
+        """The spec document of a config. GGUF needs the `shapes` of the tensors beside it, and `get` for the
+        one whose numbers say what no key does.
 
         Raises DialectError with every field that is unknown, missing, or has a value that is not allowed.
         """
-        values = reading.read(self.family, self._known(config), shapes or {})
+        numbers = None if get is None else (lambda name: get(name).tolist())
+        values = reading.read(self.family, self._known(config), shapes or {}, numbers)
         return document.document(reading.tree(self.family, values), current().registry)
 
     def to_config(self, spec: Spec) -> dict[str, Any]:

@@ -7,9 +7,11 @@ from typing import Any
 import attrs
 import tomli
 
-from composeformer.dialects import lines
+from composeformer.dialects import parsing
 from composeformer.dialects.expressions import Expression
-from composeformer.dialects.lines import Fixed, Key, Pattern, Table, TensorLine
+from composeformer.dialects.factors import Factors, factors_line
+from composeformer.dialects.lines import UNSET, Fixed, Key, Pattern, TensorLine
+from composeformer.dialects.parsing import Table
 from composeformer.errors import DialectError, show
 
 SOURCES = ("huggingface", "gguf")
@@ -29,6 +31,7 @@ class Family:
     fixed: tuple[Fixed, ...]
     patterns: tuple[Pattern, ...]
     tensors: tuple[TensorLine, ...]
+    factors: tuple[Factors, ...] = ()
 
     @cached_property
     def pattern_names(self) -> frozenset[str]:
@@ -70,14 +73,15 @@ def _family(data: Mapping[str, Any], label: str) -> Family:
         t.fail("needs `architectures`")
     ignore = t.texts("ignore")
     # What the tensors say comes first: the config may be held to it.
-    keys = [lines.key(k, table, f"{label}: shapes.{k}", shape=True) for k, table in _tables(t, "shapes")]
-    keys += [lines.key(k, table, f"{label}: config.{k}") for k, table in _tables(t, "config")]
-    fixed = [f for path, it in _tables(t, "ours") for f in lines.fixed(path, it, f"{label}: ours.{path}")]
-    patterns = [lines.pattern(n, table, f"{label}: patterns.{n}") for n, table in _tables(t, "patterns")]
+    keys = [parsing.key(k, table, f"{label}: shapes.{k}", shape=True) for k, table in _tables(t, "shapes")]
+    keys += [parsing.key(k, table, f"{label}: config.{k}") for k, table in _tables(t, "config")]
+    fixed = [f for path, it in _tables(t, "ours") for f in parsing.fixed(path, it, f"{label}: ours.{path}")]
+    patterns = [parsing.pattern(n, table, f"{label}: patterns.{n}") for n, table in _tables(t, "patterns")]
+    divisors = [factors_line(k, table, f"{label}: factors.{k}") for k, table in _tables(t, "factors")]
     found = t.take("tensors")
     if not isinstance(found, list):
         t.fail("needs `tensors`, a list")
-    tensors = [lines.tensor(table, f"{label}: tensors.{index}") for index, table in enumerate(found)]
+    tensors = [parsing.tensor(table, f"{label}: tensors.{index}") for index, table in enumerate(found)]
     t.done()
     family = Family(
         name=name,
@@ -89,6 +93,7 @@ def _family(data: Mapping[str, Any], label: str) -> Family:
         fixed=tuple(fixed),
         patterns=tuple(patterns),
         tensors=tuple(tensors),
+        factors=tuple(divisors),
     )
     _check(family, t)
     return family
@@ -96,7 +101,7 @@ def _family(data: Mapping[str, Any], label: str) -> Family:
 
 def _tables(t: Table, name: str) -> Iterable[tuple[str, Any]]:
     found = t.take(name)
-    if found is lines.UNSET:
+    if found is UNSET:
         return ()
     if not isinstance(found, dict):
         t.fail(f"{name} must be a table")

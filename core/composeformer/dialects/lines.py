@@ -1,16 +1,14 @@
-"""What a dialect file may say, line by line. Tables are strict: an unknown key is an error naming its place.
+"""What a dialect file may say, line by line, as records; `parsing` reads them.
 
 A line of `[config]` pairs one of their config keys with paths of ours; a line of `tensors` pairs their tensor
 names with ours. `composeformer.dialects` explains the whole language.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import attrs
 
 from composeformer.dialects.expressions import Expression, Template
-from composeformer.errors import DialectError, nearest, one_of, show
 
 LAYER_SLOTS = ("mixer", "ffn")
 END_SLOTS = ("embedding", "head", "residual", "predictor")
@@ -34,7 +32,7 @@ class Key:
     of the model. `name` is what expressions call its value. A missing key has the `default` (text after `=`
     is an expression); a null is the default, an absent value, an expression's, or refused. `values` maps
     theirs to ours. `require` refuses every other value. A line holds only `when` its expression does. A
-    `shape` line reads a tensor's shape instead of a key: one dimension, or whether it `exists` or is `missing`.
+    `shape` line reads a tensor's shape instead: one dimension, or whether it `exists` or is `missing`.
     """
 
     theirs: str
@@ -127,206 +125,3 @@ class TensorLine:
         texts = (*self.theirs, *self.ours, *((self.same_as,) if self.same_as else ()))
         found = [each.names for each in (self.when, self.each, *sizes) if each is not None]
         return frozenset[str]().union(*found, *(each.names for each in texts))
-
-
-def key(theirs: str, table: object, where: str, shape: bool = False) -> Key:
-    t = Table(table, where)
-    ours = t.texts("ours")
-    name = t.text("name") or (ours[0].rpartition(".")[2] if ours else None)
-    default, require = _literal(t.take("default")), _literal(t.take("require"))
-    null = _literal(t.text("null") or "refused")
-    write = t.text("write") or "always"
-    values = t.take("values")
-    read: Any = None
-    if shape:
-        read = t.take("shape")
-        if not (type(read) is int or read in ("exists", "missing")):
-            t.fail(f'shape = {show(read)}: must be a dimension, "exists" or "missing"')
-    if not isinstance(null, Expression) and null not in ("refused", "default", "absent"):
-        t.fail(f'null = {show(null)}: must be "default", "absent" or "= EXPRESSION"')
-    if write not in ("always", "changed", "never"):
-        t.fail(f'write = {show(write)}: must be "always", "changed" or "never"')
-    if not ours and require is UNSET:
-        t.fail("needs `ours` or `require`")
-    if values is not UNSET and not isinstance(values, Mapping):
-        t.fail("values must be a table from theirs to ours")
-    when = t.expression("when")
-    t.done()
-    for path in ours:
-        _check_path(path, t)
-    return Key(
-        theirs=theirs,
-        ours=ours,
-        name=name,
-        default=default,
-        null=null,
-        values=None if values is UNSET else values,
-        require=require,
-        when=when,
-        write=write,
-        shape=read,
-    )
-
-
-def fixed(path: str, found: object, where: str) -> list[Fixed]:
-    """`path = value`, or a list of `{ value, when }`."""
-    made = []
-    for index, each in enumerate(found if isinstance(found, list) else [{"value": found}]):
-        t = Table(each, f"{where}.{index}" if isinstance(found, list) else where)
-        _check_path(path, t)
-        made.append(Fixed(ours=path, value=t.take("value", required=True), when=t.expression("when")))
-        t.done()
-    return made
-
-
-def pattern(name: str, table: object, where: str) -> Pattern:
-    t = Table(table, where)
-    ours = t.text("ours", required=True)
-    choose = t.take("choose", required=True)
-    if not isinstance(choose, list) or not choose:
-        t.fail("choose must be a list of tests")
-    alternatives = tuple(
-        tuple(_test(test, f"{where}.choose") for test in (each if isinstance(each, list) else [each]))
-        for each in choose
-    )
-    equals, switch, switch_default = t.take("equals"), t.text("switch"), t.take("switch_default")
-    t.done()
-    _check_path(str(ours), t)
-    return Pattern(
-        name=name,
-        ours=str(ours),
-        equals=equals,
-        switch=switch,
-        switch_default=switch_default is True,
-        choose=alternatives,
-    )
-
-
-def _test(table: object, where: str) -> Test:
-    t = Table(table, where)
-    kinds = [kind for kind in ("list", "first", "beyond", "every", "indices", "all_but") if kind in t.rest]
-    if len(kinds) != 1:
-        t.fail("a test has one of list, first, beyond, every, indices, all_but")
-    offset = t.take("offset")
-    test = Test(
-        kind=kinds[0],
-        key=str(t.text(kinds[0])),
-        default=t.take("default"),
-        chosen=t.text("chosen") or "",
-        other=t.text("other") or "",
-        offset=0 if offset is UNSET else offset,
-    )
-    t.done()
-    if test.kind == "list" and not (test.chosen and test.other):
-        t.fail("a list test needs `chosen` and `other`")
-    return test
-
-
-def tensor(table: object, where: str) -> TensorLine:
-    t = Table(table, where)
-    theirs = tuple(Template(text) for text in t.texts("theirs"))
-    ours = tuple(Template(text) for text in t.texts("ours"))
-    stack, split, permute, drop = t.take("stack"), t.take("split"), t.take("permute"), t.text("drop")
-    same_as, copy = t.text("same_as"), t.take("copy")
-    if len(theirs) == 0:
-        t.fail("needs `theirs`")
-    if bool(ours) + (same_as is not None) + (drop is not None) != 1:
-        t.fail("needs one of `ours`, `same_as` and `drop`")
-    index: tuple[str, Expression] | None = None
-    if stack is not UNSET:
-        if not isinstance(stack, dict) or len(stack) != 1:
-            t.fail("stack must be a table with one index: { e = SIZE }")
-        index = next((str(name), Expression(str(size))) for name, size in stack.items())
-    if permute is not UNSET and (
-        not isinstance(permute, list) or sorted(permute) != list(range(len(permute)))
-    ):
-        t.fail("permute must be an order of dimensions")
-    line = TensorLine(
-        theirs=theirs,
-        ours=ours,
-        when=t.expression("when"),
-        stack=index,
-        each=t.expression("each"),
-        split=0 if split is UNSET else split,
-        sizes=t.expressions("sizes"),
-        view=t.expressions("view"),
-        permute=None if permute is UNSET else tuple(permute),
-        shape=t.expressions("shape"),
-        same_as=None if same_as is None else Template(same_as),
-        copy=copy is True,
-        drop=drop,
-    )
-    t.done()
-    return line
-
-
-class Table:
-    """A table being read: what was not taken in the end is unknown."""
-
-    def __init__(self, found: object, where: str) -> None:
-        if not isinstance(found, Mapping):
-            raise DialectError(f"{where} must be a table")
-        self.where = where
-        self.rest = dict(found)
-        self.known: list[str] = []
-
-    def fail(self, reason: str) -> Any:
-        raise DialectError(f"{self.where}: {reason}")
-
-    def take(self, name: str, required: bool = False) -> Any:
-        self.known.append(name)
-        if required and name not in self.rest:
-            self.fail(f"needs `{name}`")
-        return self.rest.pop(name, UNSET)
-
-    def text(self, name: str, required: bool = False) -> str | None:
-        found = self.take(name, required)
-        if found is UNSET:
-            return None
-        if not isinstance(found, str) or not found:
-            self.fail(f"{name} = {show(found)}: must be text")
-        return str(found)
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        found = self.take(name)
-        listed = [] if found is UNSET else found if isinstance(found, list) else [found]
-        if not all(isinstance(each, str) and each for each in listed):
-            self.fail(f"{name} must be text, or a list of texts")
-        return tuple(listed)
-
-    def expression(self, name: str) -> Expression | None:
-        text = self.text(name)
-        return None if text is None else self._expression(text)
-
-    def expressions(self, name: str) -> tuple[Expression, ...] | None:
-        found = self.take(name)
-        if found is UNSET:
-            return None
-        if not isinstance(found, list):
-            self.fail(f"{name} must be a list of sizes")
-        return tuple(self._expression(str(each)) for each in found)
-
-    def _expression(self, text: str) -> Expression:
-        try:
-            return Expression(text)
-        except DialectError as error:
-            return self.fail(error.lines[0])  # type: ignore[no-any-return]
-
-    def done(self) -> None:
-        for name in self.rest:
-            near = nearest(name, self.known)
-            self.fail(
-                f"unknown key {name!r}; allowed: {one_of(self.known)}"
-                + (f"; did you mean {near!r}?" if near else "")
-            )
-
-
-def _literal(found: Any) -> object:
-    return Expression(found[1:].strip()) if isinstance(found, str) and found.startswith("=") else found
-
-
-def _check_path(path: str, table: Table) -> None:
-    head, _, rest = path.partition(".")
-    if path != "num_layers" and not (rest and head in ("model", *LAYER_SLOTS, *END_SLOTS)):
-        starts = one_of(f"{slot}." for slot in ("model", *LAYER_SLOTS, *END_SLOTS))
-        table.fail(f"{show(path)} is no path of ours; it is num_layers, or begins with one of {starts}")

@@ -1,18 +1,20 @@
 """A foreign config read: the value of every name, and our paths filled. All that is wrong is gathered."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
 
 from composeformer.dialects import patterns
 from composeformer.dialects.expressions import Expression
+from composeformer.dialects.factors import Factors
 from composeformer.dialects.family import Family
 from composeformer.dialects.lines import LAYER_SLOTS, UNSET, Key
 from composeformer.errors import DialectError, nearest, one_of, show
 
 MAX_LAYERS = 10_000
 Tree = dict[str, Any]
+Numbers = Callable[[str], Sequence[float]]
 
 
 @attrs.define
@@ -21,6 +23,7 @@ class Values:
 
     names: dict[str, Any] = attrs.field(factory=dict)
     chosen: dict[str, tuple[bool, ...]] = attrs.field(factory=dict)
+    read_off: dict[str, Any] = attrs.field(factory=dict)  # our paths that no key fills
 
     @property
     def num_layers(self) -> int:
@@ -38,7 +41,12 @@ class Values:
         return [layer for layer in range(self.num_layers) if self.holds(when, layer)]
 
 
-def read(family: Family, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Values:
+def read(
+    family: Family,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    get: Numbers | None = None,
+) -> Values:
     """The values that a config gives. Raises DialectError with all that is wrong, unknown keys first."""
     problems: list[str] = []
     known = {key.theirs for key in family.keys if key.shape is None} | family.ignore
@@ -70,9 +78,28 @@ def read(family: Family, config: Mapping[str, Any], shapes: Mapping[str, tuple[i
             # Where no layer has it, it says nothing.
             if values.layers(key.when):
                 _take(attrs.evolve(key, when=None), config, shapes, values, problems)
+    for factors in family.factors:
+        if factors.theirs in shapes and not problems:
+            try:
+                values.read_off |= _factors(factors, family, config, values, get)
+            except DialectError as error:
+                problems.extend(error.lines)
     if problems:
         raise DialectError(*dict.fromkeys(problems))
     return values
+
+
+def _factors(
+    factors: Factors, family: Family, config: Mapping[str, Any], values: Values, get: Numbers | None
+) -> dict[str, object]:
+    theta = values.names.get("theta")
+    if get is None or not isinstance(theta, int | float):
+        raise DialectError(f"{factors.theirs}: its numbers are needed, and can not be read here")
+    for key in family.keys:
+        stated = config.get(key.theirs)
+        if f"{factors.ours}.kind" in key.ours and stated not in (None, key.default):
+            raise DialectError(f"{factors.theirs} and {key.theirs} = {show(stated)}: which is meant?")
+    return factors.fields(get(factors.theirs), theta)
 
 
 def _hint(name: str, known: Iterable[str]) -> str:
@@ -165,6 +192,8 @@ def tree(family: Family, values: Values) -> Tree:
             continue
         for path in key.ours:
             _fill(made, values, path, value, key.when, family.by_layer(key))
+    for path, value in values.read_off.items():
+        _fill(made, values, path, value, None, False)
     return made
 
 

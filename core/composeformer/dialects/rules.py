@@ -4,6 +4,7 @@ A `Transfer` is invertible, so the same one reads and writes. Shapes of ours are
 follow from them.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING, Literal
@@ -74,11 +75,11 @@ def expand(family: Family, spec: "Spec", values: Values) -> list[Transfer]:
     """
     plan = {name: weight.shape for name, weight in spec.plan.tensors.items()}
     transfers = [each for line in family.tensors for each in _expand(line, values, plan)]
-    made = [name for t in transfers if t.ours is not None for name in t.ours.names]
-    theirs = [name for t in transfers if t.kind == "move" for name in t.theirs.names]
-    problems = [f"{name}: {family.name} has no tensor for it" for name in plan if name not in set(made)]
-    problems += [f"{name}: two lines fill it" for name in dict.fromkeys(made) if made.count(name) > 1]
-    problems += [f"{name}: two lines read it" for name in dict.fromkeys(theirs) if theirs.count(name) > 1]
+    made = Counter(name for t in transfers if t.ours is not None for name in t.ours.names)
+    theirs = Counter(name for t in transfers if t.kind == "move" for name in t.theirs.names)
+    problems = [f"{name}: {family.name} has no tensor for it" for name in plan if name not in made]
+    problems += [f"{name}: two lines fill it" for name, count in made.items() if count > 1]
+    problems += [f"{name}: two lines read it" for name, count in theirs.items() if count > 1]
     if problems:
         raise DialectError(*cut(problems))
     return transfers

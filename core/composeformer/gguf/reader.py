@@ -6,8 +6,8 @@ formats.
 """
 
 import os
-from collections.abc import Mapping
 import stat
+from collections.abc import Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Self

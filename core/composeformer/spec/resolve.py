@@ -41,6 +41,7 @@ class Resolver:
         self._parts: dict[tuple[str, str], Part | None] = {}
         self._defaults: dict[str, Part | None] = {}
         self._open: list[tuple[str, str]] = []
+        self._cycles: set[frozenset[tuple[str, str]]] = set()
         self._count = 0
         self._tables: dict[str, dict[str, tuple[Path, Table]]] = {slot: self._named(slot) for slot in SLOTS}
 
@@ -58,8 +59,10 @@ class Resolver:
             raise self.error()
 
     def error(self) -> SpecError:
-        """All problems, file by file and from top to bottom."""
-        files = list(dict.fromkeys(p.source.file for p in self.problems if p.source is not None))
+        """All problems from top to bottom, first those of the file that was asked for."""
+        own = self.document.source(())
+        sources = [own, *(problem.source for problem in self.problems)]
+        files = list(dict.fromkeys(source.file for source in sources if source is not None))
 
         def place(problem: Problem) -> tuple[int, int]:
             source = problem.source
@@ -102,13 +105,7 @@ class Resolver:
         return self._table(slot, found, paths, dotted(paths[0]))
 
     def place(self, paths: Paths, field: str, otherwise: int = 0) -> Path:
-        """Where a part's dotted field stands: the nearest table that has it, else `paths[otherwise]`."""
-        steps = _steps(field)
-        for known in (steps, steps[:1]):
-            for path in paths:
-                if (*path, *known) in self.document.sources:
-                    return (*path, *steps)
-        return (*paths[otherwise], *steps)
+        return place(self.document, paths, field, otherwise)
 
     # Names.
 
@@ -203,7 +200,10 @@ class Resolver:
         key = (slot, name)
         if key in self._open:
             chain = [*self._open[self._open.index(key) :], key]
-            self.problem(where, name, f"refers to itself: {' -> '.join(dotted(link) for link in chain)}")
+            self.failures += 1
+            if frozenset(chain) not in self._cycles:
+                self._cycles.add(frozenset(chain))
+                self.problem(where, name, f"refers to itself: {' -> '.join(dotted(link) for link in chain)}")
             return False
         if len(self._open) >= MAX_OPEN:
             self.problem(where, name, f"components refer to one another more than {MAX_OPEN} deep")
@@ -286,9 +286,10 @@ class Resolver:
             return
         inline = paths[-1][0] != slot
         words = ("kind", "use") if inline else ("kind",)
+        fields = {name for c in self.registry if c.slot == slot for name in facts_of(c.config)}
         for key in table:
             near = nearest(key, words)
-            if near is not None and (inline or key != "use"):
+            if near is not None and key not in ("use", *fields):
                 allowed = f"unknown key; a {slot} needs `{near}`" + (f": {kinds}" if near == "kind" else "")
                 self.problem((*paths[0], key), table[key], allowed, near)
                 return
@@ -354,6 +355,16 @@ class Resolver:
             found.append((*path, name))
             above = value
         return tuple(found) or ((*paths[-1], name),)
+
+
+def place(document: Document, paths: Paths, field: str, otherwise: int = 0) -> Path:
+    """Where a part's dotted field stands: in the nearest table that has it, else in `paths[otherwise]`."""
+    steps = _steps(field)
+    for known in (steps, steps[:1]):
+        for path in paths:
+            if (*path, *known) in document.sources:
+                return (*path, *steps)
+    return (*paths[otherwise], *steps)
 
 
 def _at(value: Any, path: Path) -> Any:

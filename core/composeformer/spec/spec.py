@@ -176,6 +176,18 @@ class Spec:
                 singles[slot] = aside.single(slot) if slot in RUN_SLOTS else None
         return singles
 
+    def _check_aliases(self, nodes: Sequence[Node | None], resolver: Resolver) -> None:
+        """A shared tensor must be there, and of the same shape; two parts that never met may differ."""
+        parts = [below for node in nodes if node is not None for below in node.walk()]
+        own = {name: w.shape for part in parts for name, w in part.tensors() if w.same_as is None}
+        for part in parts:
+            for name, weight in part.tensors():
+                if weight.same_as is None or own.get(weight.same_as) == weight.shape or resolver.problems:
+                    continue
+                there = f"has shape {own[weight.same_as]}" if weight.same_as in own else "does not exist"
+                told = f"its {name} {weight.shape} is the tensor {weight.same_as}, which {there}"
+                resolver.problem(resolver.place(part.part.paths, "kind"), part.part.kind, told)
+
     def _plan(self, resolver: Resolver) -> Plan | None:
         planner = Planner(self)
         width = self.model.hidden_size
@@ -194,6 +206,7 @@ class Spec:
         for part, problem in planner.problems:
             place = resolver.place(part.paths, problem.field)
             resolver.problem(place, problem.found, problem.allowed, problem.nearest)
+        self._check_aliases([*ends.values(), *(node for layer in nodes for node in layer.values())], resolver)
         embedding, end, head, predictor = ends.values()
         whole = [{slot: node for slot, node in layer.items() if node is not None} for layer in nodes]
         if resolver.problems or embedding is None or end is None or head is None:

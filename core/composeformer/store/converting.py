@@ -61,7 +61,7 @@ def _from_gguf(path: Path, target: Any, replace: bool, max_shard_bytes: int, pro
 
     with open_gguf(path) as file:
         dialect = find(file.metadata)
-        document = dialect.to_spec(file.metadata, shapes(file))
+        document = dialect.to_spec(file.metadata, shapes(file), file.get)
         document.setdefault("name", path.stem)
         spec = Spec.from_dict(document, label=str(path))
         tensors = dict(read(spec, dialect.name, file, path))

@@ -127,6 +127,6 @@ def open_any(path: "str | os.PathLike[str]", *, check_hashes: bool = False) -> M
 
     with open_gguf(where) as file:
         dialect = find(file.metadata)
-        model = skeleton(Spec.from_dict(dialect.to_spec(file.metadata, shapes(file)), label=str(where)))
+        model = skeleton(Spec.from_dict(dialect.to_spec(file.metadata, shapes(file), file.get), label=str(where)))
         fill(model, read(model.spec, dialect.name, file, where), "cpu")
     return model

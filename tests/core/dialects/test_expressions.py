@@ -87,7 +87,9 @@ def test_anything_else_is_refused_when_it_is_read(text: str) -> None:
         Expression(text)
 
 
-@pytest.mark.parametrize("text", ["missing + 1", "a // (a - a)", "kind * 3", "nothing + 1", "a % 0", "kind < 3"])
+@pytest.mark.parametrize(
+    "text", ["missing + 1", "a // (a - a)", "kind * 3", "nothing + 1", "a % 0", "kind < 3"]
+)
 def test_an_expression_without_a_value_is_an_error(text: str) -> None:
     with pytest.raises(DialectError):
         Expression(text).value(NAMES)
@@ -101,7 +103,10 @@ def test_numbers_stay_bounded() -> None:
 @given(st.integers(0, 300), st.integers(0, 300))
 def test_a_template_counts_layers_on(layer: int, num_layers: int) -> None:
     names: dict[str, Any] = {"l": layer, "num_layers": num_layers}
-    assert Template("model.layers.{l+num_layers}.w{l}").fill(names) == f"model.layers.{layer + num_layers}.w{layer}"
+    assert (
+        Template("model.layers.{l+num_layers}.w{l}").fill(names)
+        == f"model.layers.{layer + num_layers}.w{layer}"
+    )
 
 
 @pytest.mark.parametrize("text", ["a{l", "a}b", "../x{l}", "a b", "{}", "{l}/{l}", ""])

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from composeformer.dialects import patterns
-from composeformer.dialects.lines import Pattern, pattern
+from composeformer.dialects.lines import Pattern
+from composeformer.dialects.parsing import pattern
 from composeformer.errors import DialectError
 
 

@@ -1,4 +1,4 @@
-"""Tensor lines on layouts of many families: the same lines read and write, bit by bit, and account for every key."""
+"""Tensor lines on layouts of many families: they read and write bit by bit, and account for every key."""
 
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from torch import Tensor
 from composeformer.contracts import Weight
 from composeformer.dialects import rules, transfer
 from composeformer.dialects.family import Family
-from composeformer.dialects.lines import tensor
+from composeformer.dialects.parsing import tensor
 from composeformer.dialects.reading import Values
 from composeformer.errors import DialectError
 
@@ -113,8 +113,8 @@ def test_fused_stacks_split_along_a_later_dimension(experts: int, inner: int, hi
     found = there_and_back([{"theirs": "gate_up", "ours": ["f.gate", "f.up"], "split": 1}], ours)
     assert torch.equal(found["gate_up"][:, :inner], found["f.gate"])
     fused = [{"theirs": "e{e}.gate_up", "ours": ["f.gate", "f.up"], "split": 1, "stack": {"e": "n"}}]
-    with pytest.raises(DialectError, match="no tensor|stack|dimension"):
-        transfers([{**fused[0], "ours": ["f.gate", "f.{e}.up"]}], ours, n=experts)
+    with pytest.raises(DialectError, match="index of the stack"):
+        transfers([{**fused[0], "ours": ["f.gate", "f.{e}.up"]}], {**ours, "f.0.up": (inner, hidden)}, n=1)
     assert there_and_back(fused, ours, n=experts)["e0.gate_up"].shape == (2 * inner, hidden)
 
 
@@ -199,7 +199,9 @@ def test_everything_that_does_not_fit_is_told_at_once() -> None:
         {"theirs": "inv_freq.{l}", "drop": "follows from the config"},
     ]
     moves = transfers(lines, {"a": (2,), "b": (2, 3), "c": (1,)}, num_layers=2)
-    store = Store({"a": torch.zeros(2), "b": torch.zeros(3, 2), "odd": torch.zeros(1), "inv_freq.1": torch.zeros(1)})
+    store = Store(
+        {"a": torch.zeros(2), "b": torch.zeros(3, 2), "odd": torch.zeros(1), "inv_freq.1": torch.zeros(1)}
+    )
     with pytest.raises(DialectError) as caught:
         transfer.read(moves, store, "odd")
     assert caught.value.lines == (

@@ -12,7 +12,9 @@ from composeformer.generate import Sampling, generate, stream
 FREE = Sampling(temperature=5.0, seed=2)
 
 
-def test_an_end_token_ends_its_row_alone_and_is_in_the_ids_not_in_the_text(model: Model, letters: Any) -> None:
+def test_an_end_token_ends_its_row_alone_and_is_in_the_ids_not_in_the_text(
+    model: Model, letters: Any
+) -> None:
     free = generate(model, [[1], [2]], tokenizer=letters, max_new_tokens=12, sampling=FREE)
     end = next(index for index in free[0].ids[2:] if index not in free[1].ids)
     first = free[0].ids.index(end)
@@ -24,6 +26,23 @@ def test_an_end_token_ends_its_row_alone_and_is_in_the_ids_not_in_the_text(model
     assert free[0].text.startswith(short.text)
     assert len(short.text) < len(free[0].text)
     assert long == free[1]
+
+
+def test_a_row_that_has_ended_stays_as_padding(model: Model) -> None:
+    seen = []
+    hook = model.register_forward_pre_hook(
+        lambda _, ids, named: seen.append(named["valid"]), with_kwargs=True
+    )
+    try:
+        free = generate(model, [[1], [2]], max_new_tokens=6, sampling=FREE)
+        end = next(index for index in free[0].ids[1:4] if index not in free[1].ids[:5])
+        seen.clear()
+        short, long = generate(model, [[1], [2]], max_new_tokens=6, sampling=FREE, stop_ids=[end])
+    finally:
+        hook.remove()
+    assert 1 < len(short.ids) < len(long.ids) - 1
+    live = [[True, True] if valid is None else valid[:, 0].tolist() for valid in seen]
+    assert live == [[step < len(short.ids), step < len(long.ids)] for step in range(len(long.ids))]
 
 
 def test_a_stop_string_is_cut_from_the_text_and_named(model: Model, letters: Any) -> None:
@@ -67,7 +86,14 @@ def test_without_a_tokenizer_there_is_no_text_and_every_token_is_a_piece(model: 
 
 def test_prompts_are_text_ids_several_or_a_tensor(model: Model, letters: Any) -> None:
     expected = generate(model, [[1, 2, 3]], max_new_tokens=4)[0].ids
-    forms: list[Any] = ["abc", ["abc"], [1, 2, 3], [[1, 2, 3]], torch.tensor([[1, 2, 3]]), torch.tensor([1, 2, 3])]
+    forms: list[Any] = [
+        "abc",
+        ["abc"],
+        [1, 2, 3],
+        [[1, 2, 3]],
+        torch.tensor([[1, 2, 3]]),
+        torch.tensor([1, 2, 3]),
+    ]
     for prompt in forms:
         (made,) = generate(model, prompt, tokenizer=letters, max_new_tokens=4)
         assert (made.ids, made.prompt_length) == (expected, 3)

@@ -78,3 +78,6 @@ def test_inference_mode_does_not_leak_out_of_a_stream(model: Model) -> None:
     for _ in stream(model, [1, 2], max_new_tokens=3):
         assert not torch.is_inference_mode_enabled()
         assert torch.is_grad_enabled()
+    # Nothing made in inference mode stays behind in the model.
+    model(torch.tensor([[1, 2]])).logits.sum().backward()
+    model.zero_grad()

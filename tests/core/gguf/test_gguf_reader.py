@@ -198,7 +198,7 @@ def test_the_number_of_tensors_never_looks_like_another_format(tmp_path: Path) -
         assert len(file.tensors) == 123
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_damage_is_refused_or_harmless(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.getbasetemp()

@@ -79,7 +79,7 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(folder)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     # special tokens, bytes, pieces, and ids beyond the vocabulary
     ids=st.lists(st.integers(0, 2) | st.integers(0, 270) | st.integers(259, 258 + len(PIECES)), max_size=200),

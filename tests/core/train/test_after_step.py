@@ -86,7 +86,8 @@ def test_counts_are_int64_alone() -> None:
 
 
 def test_adding_counts_leaves_what_was_returned_alone() -> None:
-    first, totals = torch.tensor([1, 2]), {}
+    first = torch.tensor([1, 2])
+    totals: dict[str, torch.Tensor] = {}
     for _ in range(2):
         add_counts(totals, Aux(counts={"a.load": first}))
     assert (first.tolist(), totals["a.load"].tolist()) == ([1, 2], [2, 4])

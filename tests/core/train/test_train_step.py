@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -23,8 +24,11 @@ few = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck
 
 def split(batch: TokenBatch, places: list[int]) -> list[TokenBatch]:
     """The rows of a batch, cut at `places`."""
-    ends = [0, *places, len(batch.ids)]
-    return [TokenBatch(*(None if t is None else t[a:b] for t in batch)) for a, b in zip(ends, ends[1:])]
+    ends = pairwise([0, *places, len(batch.ids)])
+    ids, valid, documents, _ = batch
+    assert valid is not None
+    assert documents is not None
+    return [TokenBatch(ids[a:b], valid[a:b], documents[a:b]) for a, b in ends]
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -54,11 +58,27 @@ def test_micro_batches_are_one_batch(fresh: Fresh, seed: int, places: set[int], 
 
 def test_the_loss_is_torchs_mean_cross_entropy_over_all_labels(fresh: Fresh) -> None:
     model, ids = fresh(), rows(3, 8, 1).ids
+    batches = [TokenBatch(ids[:1]), TokenBatch(ids[1:])]
     objective, optimizer = trainer(model)
     expected = cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    result = train_step(model, split(TokenBatch(ids), [1]), optimizer, objective, step=0)
+    result = train_step(model, batches, optimizer, objective, step=0)
     assert result.loss == pytest.approx(expected.item(), rel=1e-14)
     assert (result.weight, result.tokens, result.skipped) == (3 * 7, 3 * 8, None)
+
+
+def test_gradients_are_those_of_the_mean_loss_and_the_side_losses_over_the_labels(fresh: Fresh) -> None:
+    model, judge, batch = fresh(), fresh(), rows(4, 8, 1)
+    counting(model), counting(judge)
+    objective, optimizer = trainer(model)
+    result = train_step(model, split(batch, [1]), optimizer, objective, step=0)
+    outputs = judge(batch.ids, valid=batch.valid, documents=batch.documents)
+    total, weight = objective(outputs, batch.seen())
+    side = outputs.aux.losses["layers.0.ffn.size"]
+    assert side.item() > 0.01
+    torch.autograd.backward((total + side) / weight)
+    assert result.losses["layers.0.ffn.size"] == pytest.approx((side / weight).item(), rel=1e-12)
+    found, expected = gradients(model), gradients(judge)
+    assert all(relative(found[name], expected[name]) < 1e-12 for name in expected)
 
 
 def test_appending_padding_rows_and_columns_changes_nothing(fresh: Fresh) -> None:
@@ -116,7 +136,11 @@ def test_a_step_that_can_not_happen_changes_nothing_and_says_why(fresh: Fresh, p
     else:
         batch = TokenBatch(batch.ids, torch.zeros_like(batch.ids, dtype=torch.bool))
     result = train_step(model, [batch], optimizer, objective, step=1, clip_norm=1.0)
-    reasons = {"a gradient": "norm of the gradients", "the loss": "loss is not finite", "no label": "no token"}
+    reasons = {
+        "a gradient": "norm of the gradients",
+        "the loss": "loss is not finite",
+        "no label": "no token",
+    }
     assert reasons[poison] in str(result.skipped)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     assert str(optimizer.state_dict()) == state

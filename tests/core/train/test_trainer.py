@@ -74,5 +74,5 @@ def test_tiny_llama_learns_a_text_by_heart() -> None:
 
 @pytest.mark.parametrize("slot", ["objective", "optimizer"])
 def test_an_unknown_kind_is_refused_with_what_is_allowed(slot: str) -> None:
-    with pytest.raises(SpecError, match="adamw|next-token"):
+    with pytest.raises(SpecError, match=r"adamw|next-token"):
         Spec.load("tiny-llama").with_({f"{slot}.kind": "nothing"})

@@ -24,7 +24,12 @@ class Lab:
         data: dict[str, Any] = {
             "format": 1,
             "name": "lab",
-            "model": {"vocab_size": 24, "hidden_size": HIDDEN, "max_position_embeddings": 4096, "init_std": 0.6},
+            "model": {
+                "vocab_size": 24,
+                "hidden_size": HIDDEN,
+                "max_position_embeddings": 4096,
+                "init_std": 0.6,
+            },
             "norm": {"kind": "rmsnorm"},
             "position": {"kind": "rope"},
             "mixer": {"kind": "gqa", "num_heads": 2},

@@ -52,7 +52,9 @@ def test_it_equals_transformers_llama(lab, close):
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     model, run = built(lab)
-    theirs = LlamaMLP(LlamaConfig(hidden_size=lab.hidden, intermediate_size=20, num_attention_heads=2)).double()
+    theirs = LlamaMLP(
+        LlamaConfig(hidden_size=lab.hidden, intermediate_size=20, num_attention_heads=2)
+    ).double()
     state = {n.replace(".", "_proj."): p for n, p in model.layers[0].ffn.state_dict().items()}
     theirs.load_state_dict(state)
     x = lab.stream(2, 5)
@@ -79,5 +81,7 @@ def test_nan_in_padding_reaches_no_gradient(lab, close):
 
 
 def test_an_unknown_activation_is_refused_with_the_nearest(lab):
-    with pytest.raises(SpecError, match=r"must be one of silu, gelu, gelu_tanh, relu, relu2; did you mean 'silu'\?"):
+    with pytest.raises(
+        SpecError, match=r"must be one of silu, gelu, gelu_tanh, relu, relu2; did you mean 'silu'\?"
+    ):
         lab.spec(ffn={"kind": "swiglu", "intermediate_size": 4, "activation": "silo"})

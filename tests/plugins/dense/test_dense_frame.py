@@ -18,7 +18,11 @@ def test_the_stream_gains_each_sublayer_of_its_norm_in_order(lab, close):
 
         return run
 
-    found = residual(x, model.batch(torch.zeros(2, 3, dtype=torch.int64)), {"mixer": sublayer("m", 2), "ffn": sublayer("f", 3)})
+    found = residual(
+        x,
+        model.batch(torch.zeros(2, 3, dtype=torch.int64)),
+        {"mixer": sublayer("m", 2), "ffn": sublayer("f", 3)},
+    )
     first = x + 2 * residual.mixer_norm(x)
     close(found.hidden, first + 3 * residual.ffn_norm(first))
     assert order == ["m", "f"]
@@ -82,4 +86,7 @@ def test_a_tied_head_is_the_embedding(lab, close):
     close(out.logits, out.hidden @ model.embedding.weight.T)
     out.logits.sum().backward()
     untied = lab.model()
-    assert sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in model.parameters()) == 24 * lab.hidden
+    assert (
+        sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in model.parameters())
+        == 24 * lab.hidden
+    )

@@ -42,7 +42,11 @@ def test_layernorm_is_the_formula_with_gradients(lab, close, bias):
     assert (module.bias is not None) == bias
 
     def formula(x):
-        y = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-3).sqrt() * module.weight
+        y = (
+            (x - x.mean(-1, keepdim=True))
+            / (x.var(-1, unbiased=False, keepdim=True) + 1e-3).sqrt()
+            * module.weight
+        )
         return y if module.bias is None else y + module.bias
 
     x = lab.stream(2, 5)

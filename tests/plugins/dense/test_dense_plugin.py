@@ -37,7 +37,12 @@ def test_every_field_is_documented(component):
 
 def test_one_kind_of_each_end_is_the_default():
     defaults = {(c.slot, c.kind) for c in plugin.COMPONENTS if c.default}
-    assert defaults == {("embedding", "token"), ("head", "linear"), ("residual", "pre-norm"), ("precision", "full")}
+    assert defaults == {
+        ("embedding", "token"),
+        ("head", "linear"),
+        ("residual", "pre-norm"),
+        ("precision", "full"),
+    }
 
 
 def test_dialects_are_the_toml_files_beside_it():

@@ -80,7 +80,7 @@ def test_cache_and_stream_have_the_declared_dtype(lab, precision):
 @quick
 @given(data=st.data(), groups=st.integers(1, 5), bias=st.booleans())
 def test_ragged_groups_use_their_own_maps_with_gradients(data, groups, bias):
-    """Empty groups get zero gradients, rows beyond the last group come out as zeros and get none, even if NaN."""
+    """Empty groups get zero gradients; rows beyond the last group come out as zeros, get none, even NaN."""
     counts = data.draw(st.lists(st.integers(0, 3), min_size=groups, max_size=groups))
     spare = data.draw(st.integers(0, 2))
     generator = torch.Generator().manual_seed(groups)
@@ -126,7 +126,10 @@ def test_a_linear_map_says_its_shape():
 
 def test_bf16_is_near_full_precision(lab):
     """The declared bound: products of bfloat16 inputs over two sublayers and a norm, eight bits each."""
-    narrow, wide = lab.model(precision={"kind": "bf16"}), lab.model(precision={"kind": "full", "dtype": "float32"})
+    narrow, wide = (
+        lab.model(precision={"kind": "bf16"}),
+        lab.model(precision={"kind": "full", "dtype": "float32"}),
+    )
     wide.load_state_dict(narrow.state_dict())
     ids = torch.arange(24)[None]
     with torch.no_grad():

@@ -114,7 +114,7 @@ def make(case: str, folder: Path) -> Pair:
         for name, parameter in theirs.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 2:
-                parameter.copy_(noise * parameter.shape[1] ** -0.5 * 1.5)
+                parameter.copy_(noise * parameter.shape[1] ** -0.5)
             else:
                 parameter.copy_(noise * 0.3 + (1.0 if "norm" in name else 0.0))
     theirs.save_pretrained(folder)
@@ -127,7 +127,7 @@ def make(case: str, folder: Path) -> Pair:
 
 def load(folder: Path, attention: str = "eager") -> Any:
     """The folder's model as transformers loads it, ready to be compared."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation=attention, local_files_only=True, trust_remote_code=False
     )
     return model.eval()
@@ -214,20 +214,30 @@ def test_greedy_text_is_the_same(pair: Pair) -> None:
     assert torch.equal(text, wanted)
 
 
-def test_every_gradient_agrees(pair: Pair) -> None:
+def worst_gradient(pair: Pair, built: Model, theirs: Any, dtype: torch.dtype) -> float:
+    """The largest error of any gradient of a random sum of logits; ours go through the dialect's lines."""
     ids = tokens(2, 24, seed=3)
-    built = ours(pair.dialect, pair.spec, pair.folder, "float64")
-    theirs = load(pair.folder, "sdpa").double()
-    weights = torch.randn(2, 24, VOCABULARY, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    with wide_norms(theirs):
-        (built(ids).logits * weights).sum().backward()
-        (theirs(input_ids=ids).logits * weights).sum().backward()
-    named = dict(built.named_parameters())
-    gradients = dict(pair.dialect.write(pair.spec, lambda name: named[name].grad))
+    weights = torch.randn(2, 24, VOCABULARY, generator=torch.Generator().manual_seed(4)).to(dtype)
+    for model in (built, theirs):
+        model.zero_grad()
+    (built(ids).logits * weights).sum().backward()
+    (theirs(input_ids=ids).logits * weights).sum().backward()
+    found: dict[str, Any] = {name: parameter.grad for name, parameter in built.named_parameters()}
+    gradients = dict(pair.dialect.write(pair.spec, found.__getitem__))
     wanted = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     assert gradients.keys() == wanted.keys()
-    worst = {name: error(gradients[name], wanted[name]) for name in wanted}
-    assert max(worst.values()) <= 1e-9, worst
+    return max(error(gradients[name], wanted[name]) for name in wanted)
+
+
+def test_every_gradient_agrees(pair: Pair) -> None:
+    assert worst_gradient(pair, pair.ours, pair.theirs, torch.float32) <= BOUND
+
+
+def test_every_gradient_agrees_beyond_rounding_in_float64(pair: Pair) -> None:
+    built = ours(pair.dialect, pair.spec, pair.folder, "float64")
+    theirs = load(pair.folder, "sdpa").double()
+    with wide_norms(theirs):
+        assert worst_gradient(pair, built, theirs, torch.float64) <= 1e-11
 
 
 def test_weights_go_there_and_back_bit_by_bit(pair: Pair) -> None:

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy: which tokens have labels, and that the loss and its gradients are transformers'."""
+"""Next-token cross-entropy: which tokens have labels; the loss and its gradients are transformers'."""
 
 from typing import Any
 
@@ -121,7 +121,9 @@ def test_loss_and_every_gradient_are_those_of_transformers(pads: tuple[int, ...]
         "precision": {"kind": "full", "dtype": "float64"},
     }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    config = LlamaConfig(**sizes, **heads, intermediate_size=24, rms_norm_eps=1e-5, attn_implementation="sdpa")
+    config = LlamaConfig(
+        **sizes, **heads, intermediate_size=24, rms_norm_eps=1e-5, attn_implementation="sdpa"
+    )
     torch.manual_seed(0)
     theirs = LlamaForCausalLM(config).double()
     model = build(Spec.from_dict(data))

@@ -12,7 +12,8 @@ from composeformer_training.plugin import COMPONENTS
 
 
 def test_registering_imports_no_torch() -> None:
-    program = "import sys, composeformer_training.plugin as p; list(p.compose_components()); sys.exit('torch' in sys.modules)"
+    program = "import sys, composeformer_training.plugin as p; list(p.compose_components())"
+    program += "; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

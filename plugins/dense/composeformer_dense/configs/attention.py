@@ -71,7 +71,8 @@ class GQA(Config):
             yield Problem("num_heads", self.num_heads, allowed)
 
     def filled(self, site: Site) -> Self:
-        return attrs.evolve(self, num_kv_heads=self.kv_heads, head_dim=self.head_width(site.width))
+        # mypy does not see that @config makes attrs classes.
+        return attrs.evolve(self, num_kv_heads=self.kv_heads, head_dim=self.head_width(site.width))  # type: ignore[misc]
 
     def tensors(self, site: Site) -> Iterable[Declared]:
         width = self.head_width(site.width)
