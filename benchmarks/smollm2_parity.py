@@ -1,9 +1,10 @@
 """SmolLM2-135M-Instruct against transformers, both from the same GGUF file, in fp32.
 
-Logits: max|a - b| / max|b| at every position of every prompt with its answer. Greedy: 20 prompts, 64 new tokens each. Our
-answers come from one left-padded batch with caches; the judge runs once over each prompt with our answer, without a cache:
-an answer is its greedy one exactly when every token is the judge's argmax given what stands before it. A token that is not
-is admitted only where the judge's two best logits lie closer than twice the measured logit difference, and is listed.
+Logits: max|a - b| / max|b| at every position of every prompt with its answer. Greedy: 20 prompts, 64 new tokens
+each. Our answers come from one left-padded batch with caches; the judge runs once over each prompt with our answer,
+without a cache: an answer is its greedy one exactly when every token is the judge's argmax given what stands before
+it. A token that is not is admitted only where the judge's two best logits lie closer than twice the measured logit
+difference, and is listed.
 
     python benchmarks/smollm2_parity.py            prints the figures and writes benchmarks/results/smollm2_parity.json
 """

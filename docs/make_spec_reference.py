@@ -35,7 +35,8 @@ def section(component: Component) -> str:
     owner = current().registry.owner(component)
     names = ", ".join(f"`{i.name}`" for i in component.implementations)
     default = " The default of its slot." if component.default else ""
-    head = f"### `kind = \"{component.kind}\"`\n\n{component.summary[:1].upper()}{component.summary[1:]}; plugin `{owner.name}`, "
+    summary = component.summary[:1].upper() + component.summary[1:]
+    head = f'### `kind = "{component.kind}"`\n\n{summary}; plugin `{owner.name}`, '
     return f"{head}implementations {names}.{default}\n\n{table(component.config)}"
 
 
@@ -46,7 +47,13 @@ def table(config: type[Config]) -> str:
         return "No fields."
     rows = ["| field | allowed | default | affects | meaning |", "|---|---|---|---|---|"]
     for fact in facts.values():
-        default = "the only one of its slot" if fact.slot and fact.required else "required" if fact.required else show(fact.default)
+        default = (
+            "the only one of its slot"
+            if fact.slot and fact.required
+            else "required"
+            if fact.required
+            else show(fact.default)
+        )
         default = "absent" if default == "None" else default
         allowed = describe(fact).replace("|", "\\|")
         rows.append(f"| `{fact.name}` | {allowed} | {default} | {fact.affects} | {fact.help} |")

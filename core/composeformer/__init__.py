@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from composeformer.build import build
     from composeformer.cost import cost
     from composeformer.errors import ComposeError
-    from composeformer.generate import Sampling
+    from composeformer.generation import Sampling
     from composeformer.spec import Spec
     from composeformer.store import export_model, generate, import_model, load, save, verify
 
@@ -23,7 +23,7 @@ _HOMES = {
     "build": "composeformer.build",
     "cost": "composeformer.cost",
     "ComposeError": "composeformer.errors",
-    "Sampling": "composeformer.generate",
+    "Sampling": "composeformer.generation",
     "Spec": "composeformer.spec",
     "export_model": "composeformer.store",
     "generate": "composeformer.store",

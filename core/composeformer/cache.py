@@ -60,7 +60,8 @@ class TokenCache:
         self.ring = window is not None and window + max_rollback < max_length
         self.slots = window + max_rollback if self.ring and window is not None else max_length
         self.tensors = {
-            name: torch.zeros(batch_size, self.slots, *shape, device=device, dtype=dtype) for name, shape in shapes.items()
+            name: torch.zeros(batch_size, self.slots, *shape, device=device, dtype=dtype)
+            for name, shape in shapes.items()
         }
         self.positions = torch.full((batch_size, self.slots), -1, device=device)
         self.documents = torch.zeros(batch_size, self.slots, device=device, dtype=torch.int64)
@@ -80,7 +81,9 @@ class TokenCache:
         """
         tokens = batch.ids.shape[1]
         if self.bound + tokens > self.max_length:
-            raise InputError(f"the cache is full: {self.bound} + {tokens} tokens exceed max_length {self.max_length}")
+            raise InputError(
+                f"the cache is full: {self.bound} + {tokens} tokens exceed max_length {self.max_length}"
+            )
         positions = batch.positions if batch.valid is None else batch.positions.masked_fill(~batch.valid, -1)
         documents = torch.zeros_like(positions) if batch.documents is None else batch.documents
         if self.ring and tokens > self.max_rollback + 1:
@@ -89,25 +92,34 @@ class TokenCache:
             kept = min(tokens, self.slots)
             self._write(
                 {name: tensor[:, -kept:] for name, tensor in tensors.items()},
-                positions[:, -kept:], documents[:, -kept:], tokens - kept,
+                positions[:, -kept:],
+                documents[:, -kept:],
+                tokens - kept,
             )
             return seen
         self._write(tensors, positions, documents, 0)
         end = self.slots if self.ring else self.bound
         return Cached(
-            {name: tensor[:, :end] for name, tensor in self.tensors.items()}, self.positions[:, :end], self.documents[:, :end]
+            {name: tensor[:, :end] for name, tensor in self.tensors.items()},
+            self.positions[:, :end],
+            self.documents[:, :end],
         )
 
     def _joined(self, tensors: Mapping[str, Tensor], positions: Tensor, documents: Tensor) -> Cached:
         if not self.bound:
             return Cached(tensors, positions, documents)
         return Cached(
-            {name: torch.cat([self.tensors[name], tensor.to(self.tensors[name].dtype)], 1) for name, tensor in tensors.items()},
+            {
+                name: torch.cat([self.tensors[name], tensor.to(self.tensors[name].dtype)], 1)
+                for name, tensor in tensors.items()
+            },
             torch.cat([self.positions, positions], 1),
             torch.cat([self.documents, documents], 1),
         )
 
-    def _write(self, tensors: Mapping[str, Tensor], positions: Tensor, documents: Tensor, skipped: int) -> None:
+    def _write(
+        self, tensors: Mapping[str, Tensor], positions: Tensor, documents: Tensor, skipped: int
+    ) -> None:
         """Writes after `skipped` tokens that no later query can see; advances every row by both."""
         tokens = positions.shape[1]
         pairs = [(self.tensors[name], tensor) for name, tensor in tensors.items()]
@@ -117,7 +129,9 @@ class TokenCache:
             for held, new in pairs:
                 held[:, start : start + tokens] = new
         else:
-            index = (self.lengths[:, None] + skipped + torch.arange(tokens, device=positions.device)) % self.slots
+            index = (
+                self.lengths[:, None] + skipped + torch.arange(tokens, device=positions.device)
+            ) % self.slots
             rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
             for held, new in pairs:
                 held[rows, index] = new.to(held.dtype)
@@ -161,7 +175,9 @@ class TokenCache:
 class ModelCache:
     """The caches of a model's mixers by path, and how many real tokens each row has seen."""
 
-    def __init__(self, caches: Mapping[str, MixerCache], batch_size: int, max_length: int, device: torch.device) -> None:
+    def __init__(
+        self, caches: Mapping[str, MixerCache], batch_size: int, max_length: int, device: torch.device
+    ) -> None:
         self.caches = dict(caches)
         self.max_length = max_length
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int64)

@@ -35,7 +35,12 @@ Kind = Literal["integer", "float", "boolean", "string"]
 LARGEST_INTEGER = 2**40
 
 _SCALARS: dict[Any, Kind] = {int: "integer", float: "float", bool: "boolean", str: "string"}
-_WORDS: dict[Kind, str] = {"integer": "an integer", "float": "a number", "boolean": "true or false", "string": "a string"}
+_WORDS: dict[Kind, str] = {
+    "integer": "an integer",
+    "float": "a number",
+    "boolean": "true or false",
+    "string": "a string",
+}
 _METADATA = "composeformer"
 
 
@@ -164,12 +169,20 @@ def _facts(cls: type[Config], attribute: "attrs.Attribute[Any]", hint: Any) -> F
         stated["choices"] = stated.get("choices") or typing.get_args(hint)
         kind = _SCALARS.get(type(stated["choices"][0]))
     if stated["slot"] is None and kind is None:
-        raise TypeError(f"{cls.__name__}.{attribute.name}: {hint} is not int, float, bool, str, a tuple of them, or optional")
+        raise TypeError(
+            f"{cls.__name__}.{attribute.name}: {hint} is not int, float, bool, str, a tuple of them, or optional"
+        )
     empty: dict[str, Any] = dict.fromkeys(("minimum", "maximum", "above", "multiple_of", "choices", "unit"))
     required = attribute.default is attrs.NOTHING
     default = None if required else attribute.default
     return FieldFacts(
-        name=attribute.name, kind=kind, many=many, optional=optional, required=required, default=default, **(empty | stated)
+        name=attribute.name,
+        kind=kind,
+        many=many,
+        optional=optional,
+        required=required,
+        default=default,
+        **(empty | stated),
     )
 
 
@@ -190,7 +203,9 @@ def check(
     skipped = frozenset(reserved)
     for key, found in data.items():
         if key not in facts and key not in skipped:
-            allowed = f"unknown key; allowed: {one_of(facts)}" if facts else "unknown key; this part has no fields"
+            allowed = (
+                f"unknown key; allowed: {one_of(facts)}" if facts else "unknown key; this part has no fields"
+            )
             shown = found if not isinstance(found, dict | list) else None
             # Nearest names take time, and a table can have as many unknown keys as fit in a file.
             near = nearest(key, (*facts, *skipped)) if len(problems) < 100 else None
@@ -212,7 +227,9 @@ def check(
 def _value(fact: FieldFacts, found: object) -> tuple[Any, list[Problem]]:
     if not fact.many:
         reason = _refusal(fact, found)
-        return _exact(fact, found), [] if reason is None else [Problem(fact.name, found, reason, _near(fact, found))]
+        return _exact(fact, found), [] if reason is None else [
+            Problem(fact.name, found, reason, _near(fact, found))
+        ]
     if not isinstance(found, list | tuple):
         return None, [Problem(fact.name, found, f"must be a list, each element {describe(fact)}")]
     problems = []

@@ -41,7 +41,18 @@ SLOTS: dict[str, str] = {
     "data": "training batches",
 }
 # A model has one of each of these; the others may be named several times.
-SINGLE = ("embedding", "head", "residual", "predictor", "precision", "comm", "objective", "optimizer", "schedule", "data")
+SINGLE = (
+    "embedding",
+    "head",
+    "residual",
+    "predictor",
+    "precision",
+    "comm",
+    "objective",
+    "optimizer",
+    "schedule",
+    "data",
+)
 # These describe a run and are never part of a model's identity.
 RUN_SLOTS = ("precision", "comm", "objective", "optimizer", "schedule", "data")
 
@@ -87,7 +98,9 @@ class Linear:
 
     @cached_property
     def weight(self) -> "Weight":
-        shape = (self.outputs, self.inputs) if self.groups is None else (self.groups, self.outputs, self.inputs)
+        shape = (
+            (self.outputs, self.inputs) if self.groups is None else (self.groups, self.outputs, self.inputs)
+        )
         return Weight(name=f"{self.name}.weight", shape=shape, init=self.init, same_as=self.same_as)
 
     @cached_property
@@ -235,7 +248,9 @@ class Cache:
 
     def elements(self, context: int) -> int:
         """Elements held for one sequence of `context` tokens."""
-        return self.constant + self.per_token * (context if self.window is None else min(context, self.window))
+        return self.constant + self.per_token * (
+            context if self.window is None else min(context, self.window)
+        )
 
 
 @attrs.frozen(kw_only=True)

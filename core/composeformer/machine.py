@@ -12,10 +12,20 @@ def probe() -> list[tuple[str, str, str]]:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             capability = f"compute capability {properties.major}.{properties.minor}"
-            rows.append((f"cuda:{index}", "ok", f"{properties.name}, {properties.total_memory / 1e9:.1f} GB, {capability}"))
+            rows.append(
+                (
+                    f"cuda:{index}",
+                    "ok",
+                    f"{properties.name}, {properties.total_memory / 1e9:.1f} GB, {capability}",
+                )
+            )
     else:
         built = torch.version.cuda
-        why = f"PyTorch is built for CUDA {built} but finds no device" if built else "this build of PyTorch is for the CPU"
+        why = (
+            f"PyTorch is built for CUDA {built} but finds no device"
+            if built
+            else "this build of PyTorch is for the CPU"
+        )
         rows.append(("cuda", "absent", why))
     for name in ("bfloat16", "float16", "float8_e4m3fn"):
         rows.append((f"matmul {name}", *_product(getattr(torch, name))))
@@ -42,5 +52,9 @@ def _distributed() -> tuple[str, str, str]:
 
     if not dist.is_available():
         return "distributed", "absent", "this build of PyTorch has no torch.distributed"
-    backends = [name for name, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if there]
+    backends = [
+        name
+        for name, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available()))
+        if there
+    ]
     return "distributed", "ok" if backends else "absent", ", ".join(backends) or "no backend"

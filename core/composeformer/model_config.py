@@ -10,9 +10,12 @@ class ModelConfig(Config):
     vocab_size: int = field(minimum=1, unit="tokens", help="Rows of the embedding.")
     hidden_size: int = field(minimum=1, unit="features", help="Width of the residual stream.")
     max_position_embeddings: int = field(minimum=1, unit="tokens", help="Longest sequence the model serves.")
-    tie_embeddings: bool = field(False, help="The head's matrix is the embedding's.")
+    tie_embeddings: bool = field(default=False, help="The head's matrix is the embedding's.")
     init_std: float = field(
-        0.02, above=0.0, affects="training", help="Standard deviation of initial weights where a part states none."
+        default=0.02,
+        above=0.0,
+        affects="training",
+        help="Standard deviation of initial weights where a part states none.",
     )
 
 
@@ -20,11 +23,22 @@ class ModelConfig(Config):
 class TrainConfig(Config):
     """`[train]`: one run's sizes. It never changes a model's fingerprint."""
 
-    steps: int = field(100, minimum=1, unit="optimizer steps", affects="training", help="Length of the run.")
-    batch_size: int = field(8, minimum=1, unit="sequences", affects="training", help="Sequences in one optimizer step.")
-    sequence_length: int = field(256, minimum=1, unit="tokens", affects="training", help="Tokens in one sequence.")
-    micro_batches: int = field(
-        1, minimum=1, affects="execution", help="Pieces that a step's batch is computed in; gradients add up."
+    steps: int = field(
+        default=100, minimum=1, unit="optimizer steps", affects="training", help="Length of the run."
     )
-    learning_rate: float = field(3e-4, minimum=0.0, affects="training", help="Peak learning rate.")
-    clip_norm: float | None = field(1.0, above=0.0, affects="training", help="Largest norm of all gradients together.")
+    batch_size: int = field(
+        default=8, minimum=1, unit="sequences", affects="training", help="Sequences in one optimizer step."
+    )
+    sequence_length: int = field(
+        default=256, minimum=1, unit="tokens", affects="training", help="Tokens in one sequence."
+    )
+    micro_batches: int = field(
+        default=1,
+        minimum=1,
+        affects="execution",
+        help="Pieces that a step's batch is computed in; gradients add up.",
+    )
+    learning_rate: float = field(default=3e-4, minimum=0.0, affects="training", help="Peak learning rate.")
+    clip_norm: float | None = field(
+        default=1.0, above=0.0, affects="training", help="Largest norm of all gradients together."
+    )

@@ -133,20 +133,20 @@ class Planner:
         complete = True
         filled = attrs.evolve(part, config=part.config.filled(site))
         for declared in filled.config.tensors(site):
+            if not isinstance(declared, Linear | Weight | Child):
+                sort = type(declared).__name__
+                raise TypeError(f"{part.slot} {part.kind} declares a {sort} at {site.path}")
             if declared.name in linears or declared.name in weights or declared.name in children:
                 raise TypeError(f"{part.slot} {part.kind} declares {declared.name} twice at {site.path}")
             if isinstance(declared, Linear):
                 linears[declared.name] = declared
             elif isinstance(declared, Weight):
                 weights[declared.name] = declared
-            elif isinstance(declared, Child):
+            else:
                 below = self._node(declared.part, site.below(declared))
                 complete = complete and below is not None
                 if below is not None:
                     children[declared.name] = below
-            else:
-                sort = type(declared).__name__
-                raise TypeError(f"{part.slot} {part.kind} declares a {sort} at {site.path}")
         if not complete:
             return None
         return Node(part=filled, stated=part, site=site, linears=linears, weights=weights, children=children)

@@ -26,16 +26,16 @@ from composeformer.errors import Problem, SpecError
 class Every(Config):
     """A field of every type, all with defaults, so that a test states what it is about."""
 
-    integer: int = field(8, minimum=1, maximum=64, multiple_of=4, unit="heads", help="An integer.")
-    number: float = field(0.5, above=0, maximum=1)
-    flag: bool = field(False, affects="execution")
-    text: str = field("abc")
-    choice: Literal["silu", "gelu", "relu"] = field("silu")
-    chosen: int = field(2, choices=(1, 2, 4))
-    maybe: int | None = field(None, minimum=0)
-    integers: tuple[int, ...] = field((), minimum=0)
-    numbers: tuple[float, ...] | None = field(None)
-    words: tuple[Literal["a", "b"], ...] = field(("a",))
+    integer: int = field(default=8, minimum=1, maximum=64, multiple_of=4, unit="heads", help="An integer.")
+    number: float = field(default=0.5, above=0, maximum=1)
+    flag: bool = field(default=False, affects="execution")
+    text: str = field(default="abc")
+    choice: Literal["silu", "gelu", "relu"] = field(default="silu")
+    chosen: int = field(default=2, choices=(1, 2, 4))
+    maybe: int | None = field(default=None, minimum=0)
+    integers: tuple[int, ...] = field(default=(), minimum=0)
+    numbers: tuple[float, ...] | None = field(default=None)
+    words: tuple[Literal["a", "b"], ...] = field(default=("a",))
 
 
 @config
@@ -215,8 +215,8 @@ def test_bounds_hold_at_the_bound(bound, limit, value):
 def test_integers_are_bounded_even_where_the_field_is_not(value, name):
     @config
     class Wide(Config):
-        wide: int = field(0)
-        real: float = field(0.0)
+        wide: int = field(default=0)
+        real: float = field(default=0.0)
 
     for number in (value, value * 2**40, value * 10**400, value * 2**20000):
         _, problems = check(Wide, {name: number})
@@ -337,7 +337,7 @@ def test_a_config_states_nothing_unless_it_overrides():
 def test_inherited_fields_keep_their_facts():
     @config
     class More(Every):
-        extra: int = field(1, minimum=1)
+        extra: int = field(default=1, minimum=1)
 
     assert list(facts_of(More)) == [*facts_of(Every), "extra"]
     assert facts_of(More)["integer"] == facts_of(Every)["integer"]

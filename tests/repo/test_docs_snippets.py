@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "plugins").glob("*/README.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "plugins").glob("*/README.md")),
+]
 FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -37,7 +41,9 @@ def test_toml_snippet_is_a_valid_spec(snippet: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("snippet", snippets("python"), ids=ids)
 def test_python_snippet_runs(snippet: tuple[str, str], tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", snippet[1]], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", snippet[1]], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -45,5 +51,7 @@ def test_commands_in_the_documentation_exist() -> None:
     from composeformer.cli import COMMANDS
 
     for page in PAGES:
-        for command in re.findall(r"(?:^|\$ |`)compose ([a-z]+)", page.read_text(encoding="utf-8"), re.MULTILINE):
+        for command in re.findall(
+            r"(?:^|\$ |`)compose ([a-z]+)", page.read_text(encoding="utf-8"), re.MULTILINE
+        ):
             assert command in COMMANDS, f"{page.name}: compose {command}"

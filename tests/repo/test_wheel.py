@@ -29,7 +29,17 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clean")
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-index", "--no-deps", "--quiet"]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--no-index",
+        "--no-deps",
+        "--quiet",
+    ]
     done = subprocess.run([*install, str(wheel)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     site = next(folder.glob("lib/python*/site-packages"))
@@ -40,7 +50,11 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(environment: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "COMPOSE"))}
     return subprocess.run(
-        [str(environment / "bin" / "compose"), *arguments], cwd=environment, env=clean, capture_output=True, text=True
+        [str(environment / "bin" / "compose"), *arguments],
+        cwd=environment,
+        env=clean,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -50,7 +64,11 @@ def test_wheel_holds_code_specs_dialects_and_types_and_nothing_else(wheel: Path)
     assert {top for top in tops if not top.endswith(".dist-info")} == {
         path.name for path in [ROOT / "core" / "composeformer", *(ROOT / "plugins").glob("*/composeformer_*")]
     }
-    for wanted in ("composeformer/py.typed", "composeformer/specs/tiny-llama.toml", "composeformer_dense/dialects/llama.toml"):
+    for wanted in (
+        "composeformer/py.typed",
+        "composeformer/specs/tiny-llama.toml",
+        "composeformer_dense/dialects/llama.toml",
+    ):
         assert wanted in names
     assert not [name for name in names if "test" in name.split("/")[-1].split("_") or name.endswith(".pyc")]
 

@@ -41,7 +41,9 @@ class LazyGroup(click.Group):
         command: click.Command = load(f"composeformer.cli.{cmd_name}_command:command")
         return command
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError:
@@ -67,12 +69,19 @@ def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.option("--no-plugin", multiple=True, metavar="NAME", help="Do not load this plugin (repeatable).")
 @click.option("--strict-plugins", is_flag=True, help="A plugin that fails to load is an error.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an internal error.")
 @click.option(
-    "--version", is_flag=True, is_eager=False, expose_value=False, callback=_version, help="Versions, plugins included."
+    "--version",
+    is_flag=True,
+    is_eager=False,
+    expose_value=False,
+    callback=_version,
+    help="Versions, plugins included.",
 )
 def compose(no_plugin: tuple[str, ...], strict_plugins: bool, debug: bool) -> None:
     """Compose efficient language models from plugins: a TOML spec becomes a running model."""
@@ -117,7 +126,9 @@ def _fail(error: Exception) -> NoReturn:
     if os.environ.get("COMPOSE_DEBUG"):
         raise error
     told = " ".join(str(error).split())[:500]
-    click.echo(f"compose: internal error: {type(error).__name__}: {told} (--debug shows the traceback)", err=True)
+    click.echo(
+        f"compose: internal error: {type(error).__name__}: {told} (--debug shows the traceback)", err=True
+    )
     sys.exit(70)
 
 

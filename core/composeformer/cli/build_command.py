@@ -6,7 +6,16 @@ from typing import Any
 
 import click
 
-from composeformer.cli.options import SPEC_HELP, console, device_options, json_option, print_json, progress, set_option, size
+from composeformer.cli.options import (
+    SPEC_HELP,
+    console,
+    device_options,
+    json_option,
+    print_json,
+    progress,
+    set_option,
+    size,
+)
 
 
 @click.command("build", help=f"Assemble a model with initial values. {SPEC_HELP}")
@@ -14,11 +23,20 @@ from composeformer.cli.options import SPEC_HELP, console, device_options, json_o
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write a model folder here.")
 @set_option
 @device_options
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the initial values.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the initial values."
+)
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
 @json_option
 def command(
-    spec: str, output: Path | None, settings: tuple[str, ...], device: str, dtype: str | None, seed: int, force: bool, as_json: bool
+    spec: str,
+    output: Path | None,
+    settings: tuple[str, ...],
+    device: str,
+    dtype: str | None,
+    seed: int,
+    force: bool,
+    as_json: bool,
 ) -> None:
     from composeformer.cost import cost
     from composeformer.errors import FolderError, InputError
@@ -42,13 +60,21 @@ def command(
 
         with progress("writing") as advance:
             dialect = save(model, output, replace=force, progress=advance)
-    memory = sum(tensor.nbytes for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values())
+    memory = sum(
+        tensor.nbytes for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values()
+    )
     counts = cost(model.spec)
     if as_json:
         from composeformer.cli.tree import json_tree
 
         document: dict[str, Any] = json_tree(model.spec, model.choices)
-        document |= {"cost": counts.to_dict(), "weight_bytes": memory, "device": device, "seed": seed, "seconds": seconds}
+        document |= {
+            "cost": counts.to_dict(),
+            "weight_bytes": memory,
+            "device": device,
+            "seed": seed,
+            "seconds": seconds,
+        }
         document["folder"] = None if output is None else {"path": str(output), "dialect": dialect}
         print_json(document)
         return
@@ -60,5 +86,9 @@ def command(
     screen.print(cost_table(counts))
     screen.print(f"weights: {size(memory)} on {device}, assembled in {seconds:.2f} s")
     if output is not None:
-        named = "names of its own: no dialect expresses this model" if dialect == "native" else f"the names of {dialect}"
+        named = (
+            "names of its own: no dialect expresses this model"
+            if dialect == "native"
+            else f"the names of {dialect}"
+        )
         screen.print(f"wrote {output}, tensors under {named}")

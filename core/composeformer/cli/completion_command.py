@@ -3,7 +3,10 @@
 import click
 
 
-@click.command("completion", help='A completion script. For bash, put  eval "$(compose completion bash)"  into ~/.bashrc.')
+@click.command(
+    "completion",
+    help='A completion script. For bash, put  eval "$(compose completion bash)"  into ~/.bashrc.',
+)
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def command(shell: str) -> None:
     from click.shell_completion import get_completion_class

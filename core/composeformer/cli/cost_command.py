@@ -10,7 +10,11 @@ from composeformer.cli.options import SPEC_HELP, big, console, json_option, prin
 @click.command("cost", help=f"Parameters, cache and floating-point operations. {SPEC_HELP}")
 @click.argument("spec")
 @set_option
-@click.option("--context", type=click.IntRange(min=1), help="Sequence length for FLOPs; 4096 or the model's longest by default.")
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    help="Sequence length for FLOPs; 4096 or the model's longest by default.",
+)
 @json_option
 def command(spec: str, settings: tuple[str, ...], context: int | None, as_json: bool) -> None:
     from composeformer.cost import cost
@@ -44,8 +48,12 @@ def cost_table(counts: Any) -> Any:
     table.add_row("", f"{active.without_embeddings:,}", "without embeddings")
     table.add_row("cache per token", f"{counts.cache_bytes_per_token:,} B", "at two bytes an element")
     flops = counts.flops_per_token
-    table.add_row("FLOPs per token", big(flops.forward), f"forward, {flops.convention}, context {flops.context:,}")
+    table.add_row(
+        "FLOPs per token", big(flops.forward), f"forward, {flops.convention}, context {flops.context:,}"
+    )
     table.add_row("", big(flops.training), "training: three forwards")
     if counts.unverified:
-        table.add_row("unverified", str(len(counts.unverified)), "without a source: " + ", ".join(counts.unverified))
+        table.add_row(
+            "unverified", str(len(counts.unverified)), "without a source: " + ", ".join(counts.unverified)
+        )
     return table

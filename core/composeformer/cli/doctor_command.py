@@ -8,7 +8,18 @@ import click
 
 from composeformer.cli.options import console, json_option, print_json
 
-NEEDED = ("torch", "safetensors", "attrs", "pluggy", "tomli", "tomli-w", "click", "rich", "jaxtyping", "numpy")
+NEEDED = (
+    "torch",
+    "safetensors",
+    "attrs",
+    "pluggy",
+    "tomli",
+    "tomli-w",
+    "click",
+    "rich",
+    "jaxtyping",
+    "numpy",
+)
 EXTRAS = {
     "tokenizers": ("text", "tokenizers of model folders"),
     "jinja2": ("text", "chat templates"),
@@ -19,7 +30,9 @@ EXTRAS = {
 }
 
 
-@click.command("doctor", help="Devices, number formats, kernels and extras of this machine, and why one is missing.")
+@click.command(
+    "doctor", help="Devices, number formats, kernels and extras of this machine, and why one is missing."
+)
 @json_option
 def command(as_json: bool) -> int:
     rows = [*_packages(), *_machine(), *_plugins()]
@@ -73,8 +86,8 @@ def _plugins() -> list[tuple[str, str, str]]:
     rows: list[tuple[str, str, str]] = []
     for info in current().infos:
         status = {"loaded": "ok", "blocked": "absent"}.get(info.status, "failed")
-        detail: Any = info.cause or f"{len(info.components)} components from {info.distribution} {info.version}"
+        detail: Any = (
+            info.cause or f"{len(info.components)} components from {info.distribution} {info.version}"
+        )
         rows.append((f"plugin {info.name}", status, "; ".join([detail, *info.conflicts])))
     return rows
-
-

@@ -7,9 +7,18 @@ import click
 from composeformer.cli.options import json_option, print_json, progress
 
 
-@click.command("export", help="A model folder becomes a plain Hugging Face folder that transformers loads, or is refused with reasons.")
+@click.command(
+    "export",
+    help="A model folder becomes a plain Hugging Face folder that transformers loads, or is refused with reasons.",
+)
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Write the Hugging Face folder here.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Write the Hugging Face folder here.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
 @json_option
 def command(folder: Path, output: Path, force: bool, as_json: bool) -> None:

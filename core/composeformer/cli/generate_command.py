@@ -10,13 +10,28 @@ from composeformer.cli.options import device_options, json_option, print_json
 from composeformer.errors import InputError
 
 
-@click.command("generate", help="Continue a prompt, or answer in chat, with the model of FOLDER; greedy unless a temperature is given.")
+@click.command(
+    "generate",
+    help="Continue a prompt, or answer in chat, with the model of FOLDER; greedy unless a temperature is given.",
+)
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--prompt", "prompts", multiple=True, help="Text to continue (repeatable: a batch). '-' reads standard input.")
-@click.option("--chat", "messages", multiple=True, help="A user's message, through the chat template (repeatable: a batch).")
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    help="Text to continue (repeatable: a batch). '-' reads standard input.",
+)
+@click.option(
+    "--chat",
+    "messages",
+    multiple=True,
+    help="A user's message, through the chat template (repeatable: a batch).",
+)
 @click.option("--system", help="A system message for --chat.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
+@click.option(
+    "--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token."
+)
 @click.option("--top-k", type=int)
 @click.option("--top-p", type=float)
 @click.option("--min-p", type=float)
@@ -46,7 +61,7 @@ def command(
         raise InputError("--system needs --chat")
     if device == "meta":
         raise InputError("a model on the device meta has no values to generate with")
-    from composeformer.generate import Sampling, generate
+    from composeformer.generation import Sampling, generate
     from composeformer.store import load, tokenizer_of
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
@@ -55,11 +70,23 @@ def command(
     if tokenizer is None:
         raise InputError(f"{folder}: has no tokenizer.json, so it takes token ids only (from Python)")
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
-    given: Any = texts or [tokenizer.encode(text, add_special=False) for text in _chats(tokenizer, messages, system)]
-    options: dict[str, Any] = {"tokenizer": tokenizer, "max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop}
+    given: Any = texts or [
+        tokenizer.encode(text, add_special=False) for text in _chats(tokenizer, messages, system)
+    ]
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "max_new_tokens": max_new_tokens,
+        "sampling": sampling,
+        "stop": stop,
+    }
     if as_json:
         rows = [
-            {"text": row.text, "ids": list(row.ids), "finish_reason": row.finish_reason, "prompt_length": row.prompt_length}
+            {
+                "text": row.text,
+                "ids": list(row.ids),
+                "finish_reason": row.finish_reason,
+                "prompt_length": row.prompt_length,
+            }
             for row in generate(model, given, **options)
         ]
         print_json({"generations": rows})
@@ -71,7 +98,7 @@ def command(
 
 
 def _stream(model: Any, given: Any, options: dict[str, Any]) -> None:
-    from composeformer.generate import stream
+    from composeformer.generation import stream
 
     for piece in stream(model, given, **options):
         sys.stdout.write(piece.text)

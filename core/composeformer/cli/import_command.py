@@ -9,7 +9,9 @@ from composeformer.cli.options import json_option, print_json, progress
 
 @click.command("import", help="SOURCE, a Hugging Face folder or a GGUF file, becomes a model folder.")
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Write the model folder here.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Write the model folder here."
+)
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
 @json_option
 def command(source: Path, output: Path, force: bool, as_json: bool) -> None:
@@ -24,6 +26,8 @@ def command(source: Path, output: Path, force: bool, as_json: bool) -> None:
         spec = import_model(source, output, replace=force, progress=advance)
     total = cost(spec).total
     if as_json:
-        print_json({"folder": str(output), "name": spec.name, "fingerprint": spec.fingerprint, "parameters": total})
+        print_json(
+            {"folder": str(output), "name": spec.name, "fingerprint": spec.fingerprint, "parameters": total}
+        )
     else:
         click.echo(f"{output}: {spec.name}, {total:,} parameters, fingerprint {spec.fingerprint[:12]}")

@@ -16,17 +16,25 @@ SPEC_HELP = "SPEC is a TOML file or the name of a shipped spec."
 def set_option(function: F) -> F:
     """`--set path=value`, repeatable."""
     return click.option(
-        "--set", "settings", multiple=True, metavar="PATH=VALUE", help="Override one value, as ffn.dense.bias=true (repeatable)."
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="PATH=VALUE",
+        help="Override one value, as ffn.dense.bias=true (repeatable).",
     )(function)
 
 
 def json_option(function: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")(function)
+    return click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")(
+        function
+    )
 
 
 def device_options(function: F) -> F:
     """`--device`, `--dtype`."""
-    function = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, or meta for shapes only.")(function)
+    function = click.option(
+        "--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, or meta for shapes only."
+    )(function)
     return click.option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16", "float64"]),

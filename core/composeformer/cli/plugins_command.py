@@ -8,7 +8,11 @@ from composeformer.cli.options import console, json_option, print_json
 from composeformer.errors import InputError, nearest, one_of
 
 
-@click.group("plugins", invoke_without_command=True, help="What is installed, from where, and why a plugin is not loaded.")
+@click.group(
+    "plugins",
+    invoke_without_command=True,
+    help="What is installed, from where, and why a plugin is not loaded.",
+)
 @click.pass_context
 def command(ctx: click.Context) -> None:
     if ctx.invoked_subcommand is None:
@@ -68,10 +72,18 @@ def _document(info: Any, fields: bool = False) -> dict[str, Any]:
             "default": component.default,
         }
         if fields:
-            entry["implementations"] = [{"name": i.name, "phases": list(i.phases)} for i in component.implementations]
+            entry["implementations"] = [
+                {"name": i.name, "phases": list(i.phases)} for i in component.implementations
+            ]
             entry["claims"] = list(component.claims)
             entry["fields"] = {
-                name: {"allowed": describe(f), "required": f.required, "default": f.default, "affects": f.affects, "help": f.help}
+                name: {
+                    "allowed": describe(f),
+                    "required": f.required,
+                    "default": f.default,
+                    "affects": f.affects,
+                    "help": f.help,
+                }
                 for name, f in facts_of(component.config).items()
             }
         components.append(entry)
@@ -98,12 +110,16 @@ def _print_info(info: Any) -> None:
     from composeformer.errors import show
 
     screen = console()
-    screen.print(f"[bold]{info.name}[/] {info.distribution} {info.version} ({info.status}) {escape(str(info.origin))}")
+    screen.print(
+        f"[bold]{info.name}[/] {info.distribution} {info.version} ({info.status}) {escape(str(info.origin))}"
+    )
     if info.cause:
         screen.print(escape(info.cause))
     for component in info.components:
         names = ", ".join(i.name for i in component.implementations)
-        table = Table(title=f"{component.slot} {component.kind}: {component.summary} [{names}]", title_justify="left")
+        table = Table(
+            title=f"{component.slot} {component.kind}: {component.summary} [{names}]", title_justify="left"
+        )
         for column in ("field", "allowed", "default", "meaning"):
             table.add_column(column, overflow="fold")
         for name, facts in facts_of(component.config).items():

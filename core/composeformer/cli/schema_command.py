@@ -7,7 +7,10 @@ import click
 from composeformer.cli.options import json_option, print_json
 
 
-@click.command("schema", help="JSON Schema (draft 2020-12) of specs, for the installed plugins; editors complete and check with it.")
+@click.command(
+    "schema",
+    help="JSON Schema (draft 2020-12) of specs, for the installed plugins; editors complete and check with it.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write to this file.")
 @json_option
 def command(output: Path | None, as_json: bool) -> None:

@@ -7,10 +7,15 @@ import click
 from composeformer.cli.options import SPEC_HELP, console, json_option, print_json, set_option
 
 
-@click.command("show", help=f"The component tree, implementation rules, precision by role. {SPEC_HELP} A model folder serves too.")
+@click.command(
+    "show",
+    help=f"The component tree, implementation rules, precision by role. {SPEC_HELP} A model folder serves too.",
+)
 @click.argument("spec")
 @set_option
-@click.option("--values", is_flag=True, help="Every value with where it came from: file and line, --set, or default.")
+@click.option(
+    "--values", is_flag=True, help="Every value with where it came from: file and line, --set, or default."
+)
 @json_option
 def command(spec: str, settings: tuple[str, ...], values: bool, as_json: bool) -> None:
     from composeformer.cli.tree import json_tree, rich_tree
@@ -20,7 +25,8 @@ def command(spec: str, settings: tuple[str, ...], values: bool, as_json: bool) -
     if as_json:
         document = json_tree(found)
         document["precision"] = [
-            {"roles": role, "count": count, "format": format_, "why": why} for role, count, format_, why in precision(found)
+            {"roles": role, "count": count, "format": format_, "why": why}
+            for role, count, format_, why in precision(found)
         ]
         if values:
             document["values"] = [{"path": p, "value": v, "source": str(s)} for p, v, s in found.values()]
@@ -42,9 +48,15 @@ def precision(spec: Any) -> list[tuple[str, int, str, str]]:
     for name, weight in spec.plan.tensors.items():
         role = name.rpartition(".")[0]
         linear = linears.get(role)
-        stored = policy.format(role if linear is not None else name, weight, linear is None or linear.sensitive)
+        stored = policy.format(
+            role if linear is not None else name, weight, linear is None or linear.sensitive
+        )
         pattern = ".".join("*" if step.isdigit() else step for step in name.split("."))
-        text = stored.storage if stored.storage == stored.compute else f"{stored.storage}, computed in {stored.compute}"
+        text = (
+            stored.storage
+            if stored.storage == stored.compute
+            else f"{stored.storage}, computed in {stored.compute}"
+        )
         key = (pattern, text, stored.why)
         rows[key] = rows.get(key, 0) + 1
     return [(pattern, count, text, why) for (pattern, text, why), count in rows.items()]

@@ -28,7 +28,11 @@ class Run:
 
     @property
     def title(self) -> str:
-        return f"layer {self.first}" if self.count == 1 else f"layers {self.first} to {self.last} ({self.count} times)"
+        return (
+            f"layer {self.first}"
+            if self.count == 1
+            else f"layers {self.first} to {self.last} ({self.count} times)"
+        )
 
 
 def runs(spec: Spec) -> Iterator[Run]:
@@ -69,7 +73,10 @@ def rich_tree(spec: Spec, choices: Choices | None = None) -> Any:
 
     plan = spec.plan
     total = sum(weight.elements for weight in plan.tensors.values() if weight.trains)
-    tree = Tree(f"[bold]{escape(spec.name)}[/] {total:,} parameters, {len(spec.layers)} layers, fingerprint {spec.fingerprint[:12]}")
+    tree = Tree(
+        f"[bold]{escape(spec.name)}[/] {total:,} parameters, {len(spec.layers)} layers, "
+        f"fingerprint {spec.fingerprint[:12]}"
+    )
     add(tree, plan.embedding, "embedding")
     for run in runs(spec):
         branch = tree.add(run.title)
@@ -115,8 +122,16 @@ def json_tree(spec: Spec, choices: Choices | None = None) -> dict[str, Any]:
         return document
 
     plan = spec.plan
-    layers = [{"first": r.first, "last": r.last, **{slot: of(node) for slot, node in r.nodes.items()}} for r in runs(spec)]
-    tree = {"embedding": of(plan.embedding), "layers": layers, "residual": of(plan.residual), "head": of(plan.head)}
+    layers = [
+        {"first": r.first, "last": r.last, **{slot: of(node) for slot, node in r.nodes.items()}}
+        for r in runs(spec)
+    ]
+    tree = {
+        "embedding": of(plan.embedding),
+        "layers": layers,
+        "residual": of(plan.residual),
+        "head": of(plan.head),
+    }
     if plan.predictor is not None:
         tree["predictor"] = of(plan.predictor)
     return {"name": spec.name, "fingerprint": spec.fingerprint, "tree": tree}

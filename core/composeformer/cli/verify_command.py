@@ -8,11 +8,23 @@ import click
 from composeformer.cli.options import console, json_option, print_json
 
 
-@click.command("verify", help="Compare FOLDER with a trusted folder: structure, tensors, every component's output.")
+@click.command(
+    "verify", help="Compare FOLDER with a trusted folder: structure, tensors, every component's output."
+)
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--against", type=click.Path(path_type=Path), required=True, help="The trusted folder or GGUF file.")
-@click.option("--tolerance", type=click.FloatRange(min=0), default=1e-5, show_default=True, help="Largest max|a-b| / max|b|.")
-@click.option("--tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Length of the rows compared.")
+@click.option(
+    "--against", type=click.Path(path_type=Path), required=True, help="The trusted folder or GGUF file."
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    default=1e-5,
+    show_default=True,
+    help="Largest max|a-b| / max|b|.",
+)
+@click.option(
+    "--tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Length of the rows compared."
+)
 @click.option("--hashes", is_flag=True, help="Also read every file against its manifest.")
 @json_option
 def command(folder: Path, against: Path, tolerance: float, tokens: int, hashes: bool, as_json: bool) -> int:
@@ -42,5 +54,9 @@ def _print(verdict: Any, ours: str, theirs: str) -> None:
         gap = first.detail or f"differs by {first.relative:.3g}, more than {verdict.tolerance:g}"
         screen.print(f"first difference: the output of {first.where} {gap}", markup=False)
     told = "equal" if verdict.equal else "NOT equal"
-    logits = "" if verdict.logits is None else f"; logits differ by {verdict.logits:.3g} over {verdict.tokens} tokens"
+    logits = (
+        ""
+        if verdict.logits is None
+        else f"; logits differ by {verdict.logits:.3g} over {verdict.tokens} tokens"
+    )
     screen.print(f"{ours} and {theirs} are {told}{logits}", markup=False)

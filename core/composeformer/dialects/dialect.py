@@ -84,6 +84,11 @@ class Dialect:
         found: Iterator[tuple[str, Tensor]] = _transfer("read")(self.rules(spec), source, self.name)
         return found
 
+    def lookup(self, spec: Spec, source: "Weights") -> "Callable[[str], Tensor]":
+        """Our tensors by name, one at a time in any order. Raises DialectError as `read` does, all of it at once."""
+        found: Callable[[str], Tensor] = _transfer("lookup")(self.rules(spec), source, self.name)
+        return found
+
     def write(self, spec: Spec, get: "Callable[[str], Tensor]") -> "Iterator[tuple[str, Tensor]]":
         """Their tensors by name, made lazily from ours; exactly what `read` took, bit by bit."""
         made: Iterator[tuple[str, Tensor]] = _transfer("write")(self.rules(spec), get)

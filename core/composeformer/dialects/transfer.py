@@ -28,6 +28,24 @@ def read(transfers: Sequence[Transfer], source: Weights, label: str) -> Iterator
     return _read(transfers, source)
 
 
+def lookup(transfers: Sequence[Transfer], source: Weights, label: str) -> Callable[[str], Tensor]:
+    """Our tensors one at a time in any order, at most one transfer in memory. Raises DialectError as `read` does."""
+    account(transfers, {name: tuple(info.shape) for name, info in source.names().items()}, label)
+    owners = {name: t for t in transfers if t.ours is not None for name in t.ours.names}
+    # Copies of shared tensors are compared now: nobody will ask for them.
+    for _ in _read([t for t in transfers if t.ours is None], source):
+        pass
+    held: dict[str, Tensor] = {}
+
+    def get(name: str) -> Tensor:
+        if name not in held:
+            held.clear()
+            held.update(_read([owners[name]], source))
+        return held.pop(name)
+
+    return get
+
+
 def _read(transfers: Sequence[Transfer], source: Weights) -> Iterator[tuple[str, Tensor]]:
     present = source.names()
     for transfer in transfers:

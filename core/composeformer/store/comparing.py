@@ -62,7 +62,9 @@ class Verdict:
         }
 
 
-def verify(model: Model, against: Model, *, tolerance: float = 1e-5, tokens: int = 64, seed: int = 0) -> Verdict:
+def verify(
+    model: Model, against: Model, *, tolerance: float = 1e-5, tokens: int = 64, seed: int = 0
+) -> Verdict:
     """Compares `model` with a trusted one, on `tokens` random ids of two rows, one of them left-padded.
 
     Raises InputError where the two can not take the same ids.
@@ -77,7 +79,11 @@ def verify(model: Model, against: Model, *, tolerance: float = 1e-5, tokens: int
     valid[1, : length // 4] = False
     ours, theirs = _outputs(model, ids, valid), _outputs(against, ids, valid)
     outputs = [_difference(path, ours.get(path), output, valid) for path, output in theirs.items()]
-    outputs += [Difference(where=path, relative=None, detail="only in the first") for path in ours if path not in theirs]
+    outputs += [
+        Difference(where=path, relative=None, detail="only in the first")
+        for path in ours
+        if path not in theirs
+    ]
     return Verdict(
         structure=tuple(_structure(model, against)),
         tensors=tuple(_tensors(model, against)),
@@ -111,7 +117,11 @@ def _tensors(model: Model, against: Model) -> list[Difference]:
     found = []
     for name in {**theirs, **ours}:
         if name not in ours or name not in theirs:
-            found.append(Difference(where=name, relative=None, detail=f"only in the {'first' if name in ours else 'second'}"))
+            found.append(
+                Difference(
+                    where=name, relative=None, detail=f"only in the {'first' if name in ours else 'second'}"
+                )
+            )
         elif ours[name].shape != theirs[name].shape:
             shapes = f"{tuple(ours[name].shape)} against {tuple(theirs[name].shape)}"
             found.append(Difference(where=name, relative=None, detail=shapes))

@@ -1,7 +1,7 @@
 """Import and export: from Hugging Face folders and GGUF files, to plain Hugging Face folders, bit for bit."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from composeformer.dialects import Dialect, expressing, find
 from composeformer.errors import DialectError, FolderError
 from composeformer.folder import TensorInfo, WeightReader, new_folder, write_json, write_shards
 from composeformer.spec import Spec
-from composeformer.store.loading import describe, read, read_config, shapes
+from composeformer.store.loading import describe, lookup, read_config, shapes
 from composeformer.store.lock import NATIVE
 from composeformer.store.saving import SPEC_NAME, counted, write
 from composeformer.text import copy_tokenizer
@@ -50,9 +50,18 @@ def _from_folder(root: Path, target: Any, replace: bool, max_shard_bytes: int, p
         document = dialect.to_spec(config, shapes(reader))
         document.setdefault("name", root.resolve().name)
         spec = _stored(Spec.from_dict(document, label=str(root / "config.json")), reader.names())
-        tensors = dict(read(spec, dialect.name, reader, root))
+        get = lookup(spec, dialect.name, reader, root)
         carried = _carried(config)
-        return _write(spec, tensors, carried, target, lambda folder: copy_tokenizer(root, folder), replace, max_shard_bytes, progress)
+        return _write(
+            spec,
+            get,
+            carried,
+            target,
+            lambda folder: copy_tokenizer(root, folder),
+            replace,
+            max_shard_bytes,
+            progress,
+        )
 
 
 def _from_gguf(path: Path, target: Any, replace: bool, max_shard_bytes: int, progress: Progress) -> Spec:
@@ -64,10 +73,17 @@ def _from_gguf(path: Path, target: Any, replace: bool, max_shard_bytes: int, pro
         document = dialect.to_spec(file.metadata, shapes(file), file.get)
         document.setdefault("name", path.stem)
         spec = Spec.from_dict(document, label=str(path))
-        tensors = dict(read(spec, dialect.name, file, path))
+        get = lookup(spec, dialect.name, file, path)
         carried = _special_ids(file.metadata)
         return _write(
-            spec, tensors, carried, target, lambda folder: write_tokenizer(file.metadata, folder), replace, max_shard_bytes, progress
+            spec,
+            get,
+            carried,
+            target,
+            lambda folder: write_tokenizer(file.metadata, folder),
+            replace,
+            max_shard_bytes,
+            progress,
         )
 
 
@@ -81,14 +97,18 @@ def _stored(spec: Spec, found: Mapping[str, TensorInfo]) -> Spec:
         return spec
     most = max(sizes, key=lambda dtype: sizes[dtype])
     name = str(most).removeprefix("torch.")
-    if name == "float32" or name not in ("bfloat16", "float16", "float64") or "precision" in spec.document.data:
+    if (
+        name == "float32"
+        or name not in ("bfloat16", "float16", "float64")
+        or "precision" in spec.document.data
+    ):
         return spec
     return spec.with_(precision={"kind": spec.single("precision").kind, "dtype": name})
 
 
 def _write(
     spec: Spec,
-    tensors: Mapping[str, Tensor],
+    get: Callable[[str], Tensor],
     carried: Mapping[str, Any],
     target: Any,
     tokenizer: Callable[[Path], object],
@@ -97,27 +117,48 @@ def _write(
     progress: Progress,
 ) -> Spec:
     found: Dialect | None
+    named: Iterable[tuple[str, Tensor]]
     try:
         found, config = expressing(spec)
     except DialectError:
-        found, config, named = None, {}, tensors.items()
+        found, config = None, {}
+        named = ((name, get(name)) for name in spec.plan.tensors)
     else:
         dtype = spec.singles["precision"]
         config = {**config, **carried}
         if dtype is not None and hasattr(dtype.config, "dtype"):
             config.setdefault("dtype", dtype.config.dtype)
-        named = found.write(spec, tensors.__getitem__)  # type: ignore[assignment]
-    write(spec, found, config, named, target, tokenizer, replace, max_shard_bytes, progress, len(tensors))
+        named = found.write(spec, get)
+    write(
+        spec,
+        found,
+        config,
+        named,
+        target,
+        tokenizer,
+        replace,
+        max_shard_bytes,
+        progress,
+        len(spec.plan.tensors),
+    )
     return spec
 
 
 def _carried(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a config.json says beside the architecture and is worth keeping."""
-    return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
+    return {
+        key: config[key]
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if config.get(key) is not None
+    }
 
 
 def _special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    keys = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
+    keys = {
+        "bos_token_id": "bos_token_id",
+        "eos_token_id": "eos_token_id",
+        "padding_token_id": "pad_token_id",
+    }
     found = {ours: metadata.get(f"tokenizer.ggml.{theirs}") for theirs, ours in keys.items()}
     return {key: value for key, value in found.items() if isinstance(value, int)}
 
@@ -139,12 +180,16 @@ def export_model(
     found, config = expressing(spec)
     if dialect != NATIVE and (root / "config.json").exists():
         old = read_config(root)
-        config = {**config, **_carried(old), **{key: old[key] for key in ("dtype", "torch_dtype") if key in old}}
+        config = {
+            **config,
+            **_carried(old),
+            **{key: old[key] for key in ("dtype", "torch_dtype") if key in old},
+        }
     with WeightReader(root) as reader:
-        tensors = dict(read(spec, dialect, reader, root))
+        get = lookup(spec, dialect, reader, root)
         with new_folder(Path(target), replace=replace) as folder:
             copy_tokenizer(root, folder)
-            named = counted(found.write(spec, tensors.__getitem__), len(tensors), progress)
+            named = counted(found.write(spec, get), len(spec.plan.tensors), progress)
             write_shards(folder, named, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"})
             write_json(folder / "config.json", config)
     return found.name

@@ -96,15 +96,23 @@ def read_config(root: Path) -> dict[str, Any]:
 
 def read(spec: Spec, dialect: str, source: Tensors, where: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the spec by our names, from a source whose names are a dialect's."""
-    if dialect != NATIVE:
-        known = {d.name: d for d in load_all()}
-        if dialect not in known:
-            raise FolderError(f"{where}: tensors are named as by dialect {dialect!r}; installed: {one_of(known)}")
-        return known[dialect].read(spec, source)
-    return _native(spec, source, where)
+    get = lookup(spec, dialect, source, where)
+    return ((name, get(name)) for name in spec.plan.tensors)
 
 
-def _native(spec: Spec, source: Tensors, where: Path) -> Iterator[tuple[str, Tensor]]:
+def lookup(spec: Spec, dialect: str, source: Tensors, where: Path) -> Callable[[str], Tensor]:
+    """The same one at a time: all are accounted for now, each is read when it is asked for."""
+    if dialect == NATIVE:
+        _account(spec, source, where)
+        return source.get
+    known = {d.name: d for d in load_all()}
+    if dialect not in known:
+        raise FolderError(f"{where}: tensors are named as by dialect {dialect!r}; installed: {one_of(known)}")
+    return known[dialect].lookup(spec, source)
+
+
+def _account(spec: Spec, source: Tensors, where: Path) -> None:
+    """Raises FolderError that lists every tensor that is missing, unexpected or mis-shaped."""
     found, wanted = source.names(), spec.plan.tensors
     wrong = [f"{where}: {name}: missing" for name in wanted if name not in found]
     wrong += [f"{where}: {name}: unexpected" for name in found if name not in wanted]
@@ -115,7 +123,6 @@ def _native(spec: Spec, source: Tensors, where: Path) -> Iterator[tuple[str, Ten
     ]
     if wrong:
         raise FolderError(*wrong)
-    return ((name, source.get(name)) for name in wanted)
 
 
 def open_any(path: "str | os.PathLike[str]", *, check_hashes: bool = False) -> Model:
@@ -127,6 +134,8 @@ def open_any(path: "str | os.PathLike[str]", *, check_hashes: bool = False) -> M
 
     with open_gguf(where) as file:
         dialect = find(file.metadata)
-        model = skeleton(Spec.from_dict(dialect.to_spec(file.metadata, shapes(file), file.get), label=str(where)))
+        model = skeleton(
+            Spec.from_dict(dialect.to_spec(file.metadata, shapes(file), file.get), label=str(where))
+        )
         fill(model, read(model.spec, dialect.name, file, where), "cpu")
     return model

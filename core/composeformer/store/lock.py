@@ -74,7 +74,9 @@ def read_lock(folder: Path) -> dict[str, Any]:
             raise FolderError(f"{path}: larger than {MAX_BYTES} bytes")
         document = tomli.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FolderError(f"{path}: missing; a model folder of composeformer has one beside spec.toml") from None
+        raise FolderError(
+            f"{path}: missing; a model folder of composeformer has one beside spec.toml"
+        ) from None
     except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError, RecursionError) as error:
         raise FolderError(f"{path}: can not be read: {error}") from None
     if document.get("format") != FORMAT:
@@ -106,7 +108,7 @@ def check_lock(folder: Path, spec: Spec, lock: dict[str, Any]) -> None:
             )
     if not wrong and lock["fingerprint"] != spec.fingerprint:
         wrong.append(
-            f"{folder / NAME}: fingerprint {lock['fingerprint'][:12]} is not that of spec.toml ({spec.fingerprint[:12]}): "
+            f"{folder / NAME}: fingerprint {lock['fingerprint'][:12]} is not spec.toml's ({spec.fingerprint[:12]}): "
             "the spec was changed after the weights were written"
         )
     if wrong:

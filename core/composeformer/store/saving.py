@@ -38,10 +38,32 @@ def save(
     try:
         found, config = expressing(model.spec)
     except DialectError:
-        return write(model.spec, None, {}, state.items(), target, tokenizer, replace, max_shard_bytes, progress, _tensors(model))
+        return write(
+            model.spec,
+            None,
+            {},
+            state.items(),
+            target,
+            tokenizer,
+            replace,
+            max_shard_bytes,
+            progress,
+            _tensors(model),
+        )
     config = {**config, "dtype": str(model.activations).removeprefix("torch.")}
     tensors = found.write(model.spec, state.__getitem__)
-    return write(model.spec, found, config, tensors, target, tokenizer, replace, max_shard_bytes, progress, _tensors(model))
+    return write(
+        model.spec,
+        found,
+        config,
+        tensors,
+        target,
+        tokenizer,
+        replace,
+        max_shard_bytes,
+        progress,
+        _tensors(model),
+    )
 
 
 def write(

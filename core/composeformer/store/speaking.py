@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from composeformer.generate import generate as continue_prompts
 from composeformer.decoder import Model
+from composeformer.generation import generate as continue_prompts
 from composeformer.text import Tokenizer
 
 
@@ -17,7 +17,7 @@ def tokenizer_of(model: Model) -> Tokenizer | None:
 
 
 def generate(model: Model, prompt: Any, **options: Any) -> Any:
-    """Continues a prompt (text, ids, or a list of either) as `composeformer.generate.generate` does.
+    """Continues a prompt (text, ids, or a list of either) as `composeformer.generation.generate` does.
 
     Returns the new text for one string, else a list of `Generation`. The tokenizer is the folder's unless given.
     """

@@ -9,6 +9,7 @@ a window, and only what a further token can not change is given out.
 
 import codecs
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 
 BYTE = re.compile("<0x[0-9A-F]{2}>")
@@ -27,14 +28,14 @@ def byte_alphabet() -> dict[str, int]:
     }
 
 
-class Stream:
+class Stream(ABC):
     """`push(id)` gives the text that became certain, `finish()` what was held back: all decoded ids."""
 
-    def push(self, index: int) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def push(self, index: int) -> str: ...
 
-    def finish(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def finish(self) -> str: ...
 
     def __call__(self, ids: Iterable[int]) -> Iterable[str]:
         """The pieces of a whole sequence; empty ones are left out."""

@@ -8,7 +8,7 @@ class NextToken(Config):
     """Cross-entropy of each token's successor within its document, in fp32 or wider."""
 
     chunk_tokens: int | None = field(
-        None,
+        default=None,
         minimum=1,
         unit="tokens",
         affects="execution",
@@ -21,12 +21,18 @@ class AdamW(Config):
     """Adam with decoupled weight decay, on matrices alone. The learning rate is `[train]`'s."""
 
     beta1: float = field(
-        0.9, minimum=0.0, maximum=0.999999, affects="training", help="Decay of the gradients' mean."
+        default=0.9, minimum=0.0, maximum=0.999999, affects="training", help="Decay of the gradients' mean."
     )
     beta2: float = field(
-        0.95, minimum=0.0, maximum=0.999999, affects="training", help="Decay of the squared gradients' mean."
+        default=0.95,
+        minimum=0.0,
+        maximum=0.999999,
+        affects="training",
+        help="Decay of the squared gradients' mean.",
     )
-    eps: float = field(1e-8, minimum=0.0, affects="training", help="Added to the root of the squares' mean.")
+    eps: float = field(
+        default=1e-8, minimum=0.0, affects="training", help="Added to the root of the squares' mean."
+    )
     weight_decay: float = field(
-        0.1, minimum=0.0, affects="training", help="Decay of matrices, times the learning rate."
+        default=0.1, minimum=0.0, affects="training", help="Decay of matrices, times the learning rate."
     )

@@ -65,7 +65,14 @@ def test_json_is_one_document_and_the_table_is_text(compose: Any, arguments: tup
 def test_build_prints_tree_parameters_and_cost(compose: Any) -> None:
     code, out, _ = compose("build", "tiny-llama")
     assert code == 0
-    for word in ("tiny-llama 155,072 parameters", "layers 0 to 2 (3 times)", "mixer gqa", "sdpa", "cache per token", "weights: 620"):
+    for word in (
+        "tiny-llama 155,072 parameters",
+        "layers 0 to 2 (3 times)",
+        "mixer gqa",
+        "sdpa",
+        "cache per token",
+        "weights: 620",
+    ):
         assert word in out, word
 
 
@@ -115,7 +122,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "word"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, tuple) else None)
+@pytest.mark.parametrize(
+    ("arguments", "word"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, tuple) else None
+)
 def test_wrong_input_is_a_line_and_exit_2(
     compose: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], word: str
 ) -> None:

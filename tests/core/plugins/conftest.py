@@ -23,8 +23,8 @@ from composeformer.hookspecs import hookimpl
 
 @config
 class Size(Config):
-    size: int = field(4, minimum=1)
-    ratios: tuple[float, ...] = field((1.0,), minimum=0)
+    size: int = field(default=4, minimum=1)
+    ratios: tuple[float, ...] = field(default=(1.0,), minimum=0)
     norm: object = part("norm")
 
 def component(kind, slot="ffn", config=Size, **more):

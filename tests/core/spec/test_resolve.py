@@ -240,7 +240,7 @@ def test_implementations_are_chosen_for_all_phases_or_each() -> None:
 class Wrap(Config):
     inner: Part | None = part("ffn", optional=True)
     other: Part | None = part("ffn", optional=True)
-    size: int = field(1, minimum=1)
+    size: int = field(default=1, minimum=1)
 
     def tensors(self, site: Any) -> Any:
         if self.inner is not None:

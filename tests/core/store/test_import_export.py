@@ -18,8 +18,15 @@ def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=3e-6, tie_word_embeddings=False,
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rms_norm_eps=3e-6,
+        tie_word_embeddings=False,
     )
     folder = tmp_path_factory.mktemp("hf")
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
@@ -49,7 +56,9 @@ def test_transformers_loads_the_export_and_agrees(hugging_face: Path, tmp_path: 
     cf.export_model(tmp_path / "ours", tmp_path / "theirs")
     ids = torch.arange(40)[None] % 96
     for folder in (tmp_path / "ours", tmp_path / "theirs"):
-        theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        theirs: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        )
         ours = cf.load(folder, dtype="float32")
         with torch.no_grad():
             a, b = ours(ids).logits, theirs(ids).logits

@@ -7,9 +7,9 @@ import pytest
 import tomli
 import tomli_w
 import torch
+from composeformer.assemble import build
 
 import composeformer as cf
-from composeformer.assemble import build
 from composeformer.errors import ComposeError, FolderError, InputError
 from composeformer.spec import Spec
 from composeformer.store import describe, load, save
@@ -19,7 +19,9 @@ IDS = torch.arange(12)[None] * 7 % 256
 
 def equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     ours, theirs = a.state_dict(), b.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) and ours[n].dtype == theirs[n].dtype for n in ours)
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[n], theirs[n]) and ours[n].dtype == theirs[n].dtype for n in ours
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
@@ -123,7 +125,9 @@ def test_weights_of_another_revision_are_refused_by_name(tmp_path: Path) -> None
         load(tmp_path / "m")
 
 
-@pytest.mark.parametrize("damage", ["format = 2", "not toml [", 'format = 1\nfingerprint = 3\ndialect = "x"', ""])
+@pytest.mark.parametrize(
+    "damage", ["format = 2", "not toml [", 'format = 1\nfingerprint = 3\ndialect = "x"', ""]
+)
 def test_damaged_lock_is_one_clear_error(tmp_path: Path, damage: str) -> None:
     save(build("tiny-llama"), tmp_path / "m")
     (tmp_path / "m" / "compose.lock").write_text(damage)

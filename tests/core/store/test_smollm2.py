@@ -35,7 +35,9 @@ def test_imported_model_is_the_shipped_spec(model: Any) -> None:
 def test_real_model_agrees_with_transformers_at_every_position(parity: dict[str, Any], model: Any) -> None:
     figures = parity["compare"](model, parity["reference"](parity["model_file"]()), parity["PROMPTS"], 64)
     assert figures["logits_max_relative"] <= 1e-5
-    assert all(difference["admitted"] for difference in figures["first_differences"]), figures["first_differences"]
+    assert all(difference["admitted"] for difference in figures["first_differences"]), figures[
+        "first_differences"
+    ]
     assert figures["tokens_compared"] == 20 * 64
 
 
@@ -44,8 +46,12 @@ def test_real_model_answers_paris_streamed(model: Any) -> None:
     assert tokenizer is not None
     assert tokenizer.chat_template is not None
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    text = render_chat(question, tokenizer.chat_template, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
-    pieces = list(stream(model, [tokenizer.encode(text, add_special=False)], tokenizer=tokenizer, max_new_tokens=32))
+    text = render_chat(
+        question, tokenizer.chat_template, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or ""
+    )
+    pieces = list(
+        stream(model, [tokenizer.encode(text, add_special=False)], tokenizer=tokenizer, max_new_tokens=32)
+    )
     assert len(pieces) > 3
     assert "Paris" in "".join(piece.text for piece in pieces)
     assert pieces[-1].finish_reason == "stop"

@@ -9,7 +9,7 @@ from torch import nn
 from composeformer.build import build
 from composeformer.decoder import Model
 from composeformer.errors import InputError, SpecError
-from composeformer.generate import generate
+from composeformer.generation import generate
 from composeformer.spec import Spec
 from composeformer.train import TokenBatch, train_step, trained, trainer
 

@@ -38,22 +38,30 @@ class GQA(Config):
 
     num_heads: int = field(minimum=1, unit="heads", help="Query heads.")
     num_kv_heads: int | None = field(
-        None, minimum=1, unit="heads", help="Key and value heads, a divisor of num_heads; absent: num_heads."
+        default=None,
+        minimum=1,
+        unit="heads",
+        help="Key and value heads, a divisor of num_heads; absent: num_heads.",
     )
     head_dim: int | None = field(
-        None, minimum=1, unit="features", help="Width of one head; absent: hidden_size / num_heads."
+        default=None, minimum=1, unit="features", help="Width of one head; absent: hidden_size / num_heads."
     )
     position: Part = part("position", help="Rotates queries and keys by their positions.")
-    qkv_bias: bool = field(False, help="Biases on the query, key and value projections.")
-    o_bias: bool = field(False, help="A bias on the output projection.")
+    qkv_bias: bool = field(default=False, help="Biases on the query, key and value projections.")
+    o_bias: bool = field(default=False, help="A bias on the output projection.")
     qk_norm: Part | None = part(
         "norm", optional=True, help="Normalises each query and key head before rotation; absent: none."
     )
     window: int | None = field(
-        None, minimum=1, unit="tokens", help="A token sees itself and window - 1 before it; absent: all."
+        default=None,
+        minimum=1,
+        unit="tokens",
+        help="A token sees itself and window - 1 before it; absent: all.",
     )
-    cap: float | None = field(None, above=0.0, help="Soft cap: scores become cap * tanh(scores / cap).")
-    sinks: bool = field(False, help="A learnt logit per head that takes weight and gives no value.")
+    cap: float | None = field(
+        default=None, above=0.0, help="Soft cap: scores become cap * tanh(scores / cap)."
+    )
+    sinks: bool = field(default=False, help="A learnt logit per head that takes weight and gives no value.")
 
     @property
     def kv_heads(self) -> int:

@@ -14,7 +14,7 @@ from composeformer.site import Site
 class TokenEmbedding(Config):
     """scale * weight[id]. Initial values: normal with `init_std`."""
 
-    scale: float = field(1.0, above=0.0, help="Multiplies the embeddings.")
+    scale: float = field(default=1.0, above=0.0, help="Multiplies the embeddings.")
 
     def tensors(self, site: Site) -> Iterable[Declared]:
         model = site.spec.model
@@ -28,8 +28,8 @@ class LinearHead(Config):
     Initial values: normal with `init_std`.
     """
 
-    cap: float | None = field(None, above=0.0, help="Soft cap of the logits.")
-    scale: float = field(1.0, above=0.0, help="Multiplies the logits, before a cap.")
+    cap: float | None = field(default=None, above=0.0, help="Soft cap of the logits.")
+    scale: float = field(default=1.0, above=0.0, help="Multiplies the logits, before a cap.")
 
     def tensors(self, site: Site) -> Iterable[Declared]:
         model = site.spec.model

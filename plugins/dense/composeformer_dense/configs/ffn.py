@@ -22,10 +22,10 @@ class SwiGLU(Config):
 
     intermediate_size: int = field(minimum=1, unit="features", help="Width between the projections.")
     activation: str = field(
-        "silu", choices=ACTIVATIONS, help="The nonlinearity; gelu_tanh is gelu's tanh form."
+        default="silu", choices=ACTIVATIONS, help="The nonlinearity; gelu_tanh is gelu's tanh form."
     )
-    gated: bool = field(True, help="Multiply the activated gate into up; false: no gate.")
-    bias: bool = field(False, help="Biases on all projections.")
+    gated: bool = field(default=True, help="Multiply the activated gate into up; false: no gate.")
+    bias: bool = field(default=False, help="Biases on all projections.")
 
     def tensors(self, site: Site) -> Iterable[Declared]:
         inner = Normal(site.spec.model.init_std)

@@ -14,7 +14,7 @@ from composeformer.site import Site
 class RMSNorm(Config):
     """weight * x / sqrt(mean(x^2) + eps). Initial values: ones."""
 
-    eps: float = field(1e-6, above=0.0, help="Added to the mean square.")
+    eps: float = field(default=1e-6, above=0.0, help="Added to the mean square.")
 
     def tensors(self, site: Site) -> Iterable[Declared]:
         yield Weight(name="weight", shape=(site.width,), init=Constant(1.0))
@@ -24,8 +24,8 @@ class RMSNorm(Config):
 class LayerNorm(Config):
     """weight * (x - mean(x)) / sqrt(variance(x) + eps) + bias. Initial values: ones and zeros."""
 
-    eps: float = field(1e-5, above=0.0, help="Added to the variance.")
-    bias: bool = field(True, help="Whether there is a learnt shift.")
+    eps: float = field(default=1e-5, above=0.0, help="Added to the variance.")
+    bias: bool = field(default=True, help="Whether there is a learnt shift.")
 
     def tensors(self, site: Site) -> Iterable[Declared]:
         yield Weight(name="weight", shape=(site.width,), init=Constant(1.0))

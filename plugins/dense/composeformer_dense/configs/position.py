@@ -16,14 +16,14 @@ from composeformer.site import Site
 class Rope(Config):
     """Pairs of features turn by position * theta^(-2i / width). A site's width is one head's."""
 
-    theta: float = field(10000.0, above=1.0, help="Base of the wavelengths.")
+    theta: float = field(default=10000.0, above=1.0, help="Base of the wavelengths.")
     layout: str = field(
-        "half-split",
+        default="half-split",
         choices=("half-split", "interleaved"),
         help="Pairs are (i, i + width/2), as in Hugging Face's Llama, or (2i, 2i + 1), as in the paper.",
     )
     fraction: float = field(
-        1.0, above=0.0, maximum=1.0, help="Share of each head's features that turn, the first ones."
+        default=1.0, above=0.0, maximum=1.0, help="Share of each head's features that turn, the first ones."
     )
 
     def rotary_width(self, width: int) -> int:
@@ -50,10 +50,10 @@ class Llama3Rope(Rope):
 
     factor: float = field(above=0.0, help="How many times the long wavelengths are stretched.")
     low_freq_factor: float = field(
-        1.0, above=0.0, help="Wavelengths above original / low_freq_factor are stretched."
+        default=1.0, above=0.0, help="Wavelengths above original / low_freq_factor are stretched."
     )
     high_freq_factor: float = field(
-        4.0, above=0.0, help="Wavelengths below original / high_freq_factor are kept."
+        default=4.0, above=0.0, help="Wavelengths below original / high_freq_factor are kept."
     )
     original_max_position_embeddings: int = field(
         minimum=1, unit="tokens", help="Context before the extension."
@@ -79,19 +79,21 @@ class YarnRope(Rope):
         minimum=1, unit="tokens", help="Context before the extension."
     )
     beta_fast: float = field(
-        32.0, above=0.0, unit="rotations", help="Dimensions that turn more often are kept."
+        default=32.0, above=0.0, unit="rotations", help="Dimensions that turn more often are kept."
     )
     beta_slow: float = field(
-        1.0, above=0.0, unit="rotations", help="Dimensions that turn less often are interpolated."
+        default=1.0, above=0.0, unit="rotations", help="Dimensions that turn less often are interpolated."
     )
-    mscale: float | None = field(None, minimum=0.0, help="Strength of the attention factor's numerator.")
+    mscale: float | None = field(
+        default=None, minimum=0.0, help="Strength of the attention factor's numerator."
+    )
     mscale_all_dim: float | None = field(
-        None, minimum=0.0, help="Strength of the attention factor's denominator."
+        default=None, minimum=0.0, help="Strength of the attention factor's denominator."
     )
     attention_factor: float | None = field(
-        None, above=0.0, help="Scales the tables; absent: from the factor."
+        default=None, above=0.0, help="Scales the tables; absent: from the factor."
     )
-    truncate: bool = field(True, help="Round the bounds of the blend to whole dimensions.")
+    truncate: bool = field(default=True, help="Round the bounds of the blend to whole dimensions.")
 
     def validate(self, site: Site) -> Iterable[Problem]:
         yield from super().validate(site)

@@ -16,7 +16,7 @@ class Full(Config):
     """Every tensor is stored and computed in one dtype, but those that fix their own."""
 
     dtype: str = field(
-        "float32",
+        default="float32",
         choices=("float32", "bfloat16", "float16", "float64"),
         affects="execution",
         help="The dtype of weights, activations, gradients and moments.",
@@ -37,7 +37,7 @@ class BF16(Config):
     """Linear maps multiply in bfloat16; sensitive maps and plain weights stay in float32."""
 
     weights: str = field(
-        "float32",
+        default="float32",
         choices=("float32", "bfloat16"),
         affects="execution",
         help="How linear maps' weights are stored: float32 masters, or bfloat16 itself.",

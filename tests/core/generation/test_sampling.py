@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
 )
 
 from composeformer.errors import InputError
-from composeformer.generate.sampling import Candidates, Draws, Sampling, candidates, choose, pick
+from composeformer.generation.sampling import Candidates, Draws, Sampling, candidates, choose, pick
 
 values = st.builds(
     Sampling,

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from composeformer.errors import InputError
-from composeformer.generate.stops import StopText
+from composeformer.generation.stops import StopText
 
 # Two letters make overlaps and half matches frequent.
 texts = st.text("ab", max_size=30)

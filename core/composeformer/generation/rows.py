@@ -5,9 +5,9 @@ from typing import Literal
 
 import attrs
 
-from composeformer.generate.prompts import TextStream
-from composeformer.generate.sampling import Draws
-from composeformer.generate.stops import StopText
+from composeformer.generation.prompts import TextStream
+from composeformer.generation.sampling import Draws
+from composeformer.generation.stops import StopText
 
 FinishReason = Literal["stop", "length"]
 

@@ -7,7 +7,7 @@ import torch
 
 from composeformer.decoder import Model
 from composeformer.errors import InputError
-from composeformer.generate import Sampling, generate, stream
+from composeformer.generation import Sampling, generate, stream
 
 FREE = Sampling(temperature=5.0, seed=2)
 

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from composeformer.decoder import Model
-from composeformer.generate import Generation, Sampling, generate, stream
+from composeformer.generation import Generation, Sampling, generate, stream
 
 few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 prompts = st.lists(st.integers(0, 30), min_size=1, max_size=12)

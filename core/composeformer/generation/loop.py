@@ -16,9 +16,9 @@ from torch import Tensor
 from composeformer.contracts import Phase
 from composeformer.decoder import Model
 from composeformer.errors import InputError, show
-from composeformer.generate.prompts import Prompts, Tokenizer, read_prompts
-from composeformer.generate.rows import FinishReason, Generation, Row
-from composeformer.generate.sampling import Draws, Sampling, choose
+from composeformer.generation.prompts import Prompts, Tokenizer, read_prompts
+from composeformer.generation.rows import FinishReason, Generation, Row
+from composeformer.generation.sampling import Draws, Sampling, choose
 from composeformer.tensors import ModelOutput
 
 GREEDY = Sampling()

@@ -1,0 +1,138 @@
+"""Costs stated without torch are what is built, cached and counted."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from composeformer.build import build
+from composeformer.contracts import Cache
+from composeformer.cost import cost
+from composeformer.errors import InputError
+from composeformer.spec import Spec
+from composeformer.testing.specs import specs
+
+REFERENCE = {"train": "reference", "prefill": "reference", "decode": "reference"}
+
+
+@st.composite
+def dense(draw: st.DrawFn) -> dict[str, int]:
+    heads = draw(st.sampled_from([1, 2, 4, 8]))
+    return {
+        "vocab": draw(st.integers(1, 10**6)),
+        "layers": draw(st.integers(1, 100)),
+        "heads": heads,
+        "kv": draw(st.sampled_from([n for n in (1, 2, 4, 8) if heads % n == 0])),
+        "head": 2 * draw(st.integers(1, 128)),
+        "hidden": draw(st.integers(1, 10**5)),
+        "inner": draw(st.integers(1, 10**5)),
+        "tied": draw(st.integers(0, 1)),
+        "bias": draw(st.integers(0, 1)),
+    }
+
+
+@settings(deadline=None, max_examples=60)
+@given(dense(), st.integers(1, 10**6))
+def test_counts_are_the_closed_form(n: dict[str, int], context: int) -> None:
+    mixer = {"num_heads": n["heads"], "num_kv_heads": n["kv"], "head_dim": n["head"], "qkv_bias": bool(n["bias"])}
+    found = Spec.from_dict(
+        {
+            "model": {
+                "vocab_size": n["vocab"],
+                "hidden_size": n["hidden"],
+                "max_position_embeddings": 8,
+                "tie_embeddings": bool(n["tied"]),
+            },
+            "norm": {"kind": "rmsnorm"},
+            "position": {"kind": "rope"},
+            "mixer": {"kind": "gqa", **mixer},
+            "ffn": {"kind": "swiglu", "intermediate_size": n["inner"]},
+            "layers": [{"repeat": n["layers"]}],
+        }
+    )
+    d, width, kv = n["hidden"], n["heads"] * n["head"], n["kv"] * n["head"]
+    matrices = n["layers"] * (2 * d * width + 2 * d * kv + 3 * d * n["inner"])
+    small = n["layers"] * (2 * d + n["bias"] * (width + 2 * kv)) + d
+    table = n["vocab"] * d
+    counts = cost(found, context=context)
+    assert counts.total == matrices + small + table * (2 - n["tied"])
+    assert counts.active.with_embeddings == counts.total
+    assert counts.active.without_input_embedding == matrices + small + table
+    assert counts.active.without_embeddings == matrices + small
+    assert counts.cache_bytes_per_token == n["layers"] * 2 * kv * 2
+    assert sum(counts.by_slot.values()) == counts.total
+    core = n["layers"] * 4 * width * context
+    assert counts.flops_per_token.forward == 2 * (matrices + table) + core / 2
+    assert counts.flops_per_token.training == 3 * counts.flops_per_token.forward
+    assert cost(found, context=context, causal=False).flops_per_token.forward == 2 * (matrices + table) + core
+
+
+def plain(data: dict[str, Any]) -> dict[str, Any]:
+    """The spec in float32, its mixers without windows, computed by the reference."""
+    data = {key: value for key, value in data.items() if key != "precision"}
+    mixers = data["mixer"]
+    tables = [mixers] if "kind" in mixers else mixers.values()
+    for table in tables:
+        table.pop("window", None)
+        table["implementation"] = REFERENCE
+
+    def entries(layers: list[Any]) -> None:
+        for entry in layers:
+            if isinstance(entry.get("mixer"), dict):
+                entry["mixer"].pop("window", None)
+            entries(entry.get("layers", []))
+
+    entries(data["layers"])
+    data["model"]["max_position_embeddings"] = 4096
+    return data
+
+
+@settings(deadline=None, max_examples=25)
+@given(specs(run=False), st.integers(2, 9))  # a single token's products are no matrix products
+def test_operations_are_those_that_a_forward_counts_with_a_full_mask(data: dict[str, Any], tokens: int) -> None:
+    model = build(Spec.from_dict(plain(data)))
+    ids = torch.zeros(2, tokens, dtype=torch.int64)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(ids)
+    told = cost(model.spec, context=tokens, causal=False).flops_per_token.forward
+    assert counter.get_total_flops() == 2 * tokens * told
+
+
+@settings(deadline=None, max_examples=25)
+@given(specs(), st.integers(1, 3), st.integers(1, 9))
+def test_counts_and_cache_are_those_of_what_is_built(data: dict[str, Any], rows: int, tokens: int) -> None:
+    found = Spec.from_dict(data)
+    model = build(found, device="meta")
+    counts = cost(found)
+    assert sum(parameter.numel() for parameter in model.parameters()) == counts.total
+    assert counts.buffers == {}
+    width = model.activations.itemsize
+    cache = model.new_cache(rows, tokens)
+    windows = [cost_of for layer in found.plan.layers if "mixer" in layer for cost_of in _caches(layer["mixer"])]
+    assert cache.num_bytes == rows * width * sum(one.elements(tokens) for one in windows)
+    assert counts.cache_bytes_per_token == 2 * sum(one.per_token for one in windows)
+
+
+def _caches(node: Any) -> list[Cache]:
+    return [one for one in node.part.config.cost(node.site, "decode") if isinstance(one, Cache)]
+
+
+@pytest.mark.parametrize("context", [0, -1])
+def test_a_context_without_tokens_is_refused(context: int) -> None:
+    with pytest.raises(InputError, match="context = "):
+        cost("tiny-llama", context=context)
+
+
+def test_the_context_is_the_models_longest_at_most() -> None:
+    assert cost("tiny-llama").flops_per_token.context == 512
+    assert cost("llama-3.1-8b").flops_per_token.context == 4096
+    assert cost("tiny-llama", context=9).flops_per_token.context == 9
+
+
+def test_the_document_is_that_of_the_command() -> None:
+    document = cost("smollm2-135m").to_dict()
+    assert list(document)[:3] == ["name", "fingerprint", "parameters"]
+    assert document["unverified"] == []
