@@ -4,24 +4,21 @@
 Nothing is imported until it is used, so that describing a model costs no import of torch.
 """
 
-import sys
-from types import ModuleType
-
 TYPE_CHECKING = False  # as typing's; importing typing costs what `compose --help` has no time for
 
 if TYPE_CHECKING:
     from typing import Any
 
-    from composeformer.build import build
-    from composeformer.cost import cost
+    from composeformer.assemble import build
+    from composeformer.costs import cost
     from composeformer.errors import ComposeError
     from composeformer.generation import Sampling
     from composeformer.spec import Spec
     from composeformer.store import export_model, generate, import_model, load, save, verify
 
 _HOMES = {
-    "build": "composeformer.build",
-    "cost": "composeformer.cost",
+    "build": "composeformer.assemble",
+    "cost": "composeformer.costs",
     "ComposeError": "composeformer.errors",
     "Sampling": "composeformer.generation",
     "Spec": "composeformer.spec",
@@ -68,14 +65,3 @@ def __getattr__(name: str) -> "Any":
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """Importing the subpackage `generate` (or `build`, or `cost`) does not hide the function of that name."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name not in _HOMES or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -112,9 +112,7 @@ class Model(nn.Module):
     ) -> Batch:
         """The tokens as parts see them: positions counted where they are not given, rotary tables made."""
         if ids.ndim != 2 or ids.dtype != torch.int64:
-            raise InputError(
-                f"token ids must be int64 of shape (B, T), got {ids.dtype} {tuple(ids.shape)}"
-            )
+            raise InputError(f"token ids must be int64 of shape (B, T), got {ids.dtype} {tuple(ids.shape)}")
         limit = self.spec.model.max_position_embeddings
         if ids.shape[1] > limit:
             raise InputError(f"{ids.shape[1]} tokens exceed max_position_embeddings ({limit})")

@@ -17,7 +17,7 @@ from composeformer.site import Site
 if TYPE_CHECKING:
     from composeformer.spec import Spec
 
-MAX_NODES = 1_000_000
+MAX_NODES = 200_000
 
 
 @attrs.frozen(eq=False, kw_only=True)

@@ -204,6 +204,8 @@ class _Settings:
     strict: bool = False
 
 
+ASKED_WHILE_LOADING = "a plugin asks for the plugins while they are being loaded"
+
 _lock = RLock()
 _loading = False
 _settings = _Settings()
@@ -216,7 +218,7 @@ def _alone() -> Iterator[None]:
     global _loading
     with _lock:
         if _loading:
-            raise PluginError("a plugin asks for the plugins while they are being loaded")
+            raise PluginError(ASKED_WHILE_LOADING)
         _loading = True
         try:
             yield
@@ -243,6 +245,9 @@ def current() -> Plugins:
     """
     global _current
     with _lock:
+        if _loading:
+            # Also where a load came before: what a plugin finds must not depend on the order of loads.
+            raise PluginError(ASKED_WHILE_LOADING)
         if _current is None:
             blocked, strict = _settings.blocked, _settings.strict
             _current = load_plugins(blocked=blocked, allowed=_allowed(), strict=strict)

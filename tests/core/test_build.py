@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from composeformer import lazy
-from composeformer.build import TensorSite, build, fill, skeleton
+from composeformer.assemble import TensorSite, build, fill, skeleton
 from composeformer.cache import ModelCache
 from composeformer.config import Config, config, field
 from composeformer.contracts import Component, Facts, Implementation, Linear, Weight
@@ -60,11 +60,13 @@ def tied() -> nn.Module:
 
 def is_tied(model: Any) -> bool:
     same = model.head.projection.weight is model.embedding.weight
-    return same and model.state_dict()["head.projection.weight"].data_ptr() == model.embedding.weight.data_ptr()
+    return (
+        same and model.state_dict()["head.projection.weight"].data_ptr() == model.embedding.weight.data_ptr()
+    )
 
 
 def test_a_tied_matrix_is_one_parameter_and_stays_one() -> None:
-    model = tied()
+    model: Any = tied()
     assert is_tied(model)
     assert "head.projection.weight" not in dict(model.named_parameters())
     for changed in (
@@ -76,7 +78,7 @@ def test_a_tied_matrix_is_one_parameter_and_stays_one() -> None:
         tied().eval(),
     ):
         assert is_tied(changed)
-    other = copy.deepcopy(model)
+    other: Any = copy.deepcopy(model)
     assert other.embedding.weight is not model.embedding.weight
     other.load_state_dict(tied().state_dict())
     assert is_tied(other)
@@ -101,10 +103,16 @@ def test_every_tensor_needs_one_value_of_its_shape() -> None:
     values = {name: torch.zeros(w.shape) for name, w in model.spec.plan.tensors.items()}
     first = next(iter(values))
     for wrong, told in (
-        ({**values, "embeding.weight": values[first]}, "embeding.weight: the model has no tensor of this name; did"),
+        (
+            {**values, "embeding.weight": values[first]},
+            "embeding.weight: the model has no tensor of this name; did",
+        ),
         ({**values, first: torch.zeros(2)}, "embedding.weight: has shape"),
         ({name: values[name] for name in list(values)[1:]}, "no value given for embedding.weight"),
-        ({**values, "head.projection.weight": values[first]}, "head.projection.weight: has its value already"),
+        (
+            {**values, "head.projection.weight": values[first]},
+            "head.projection.weight: has its value already",
+        ),
     ):
         with pytest.raises(InputError, match=told):
             fill(skeleton(model.spec), wrong.items(), "cpu")
@@ -130,7 +138,9 @@ def test_a_dtype_is_that_of_the_default_policy() -> None:
 
 def test_a_dtype_beside_another_policy_is_one_clear_error() -> None:
     found = Spec.load("tiny-llama").with_(precision={"kind": "bf16"})
-    with pytest.raises(InputError, match=r"dtype = float32: the spec's precision is bf16, .*--set precision\.\.\."):
+    with pytest.raises(
+        InputError, match=r"dtype = float32: the spec's precision is bf16, .*--set precision\.\.\."
+    ):
         skeleton(found, dtype="float32")
     with pytest.raises(InputError, match="dtype = int8: must be one of float32, bfloat16, float16, float64"):
         skeleton(Spec.load("tiny-llama"), dtype="int8")
@@ -237,7 +247,7 @@ class Freezes(Good):
 
 
 @pytest.fixture
-def spec_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def spec_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Spec]:
     """A tiny spec whose ffn is computed by given classes: `spec_with({"reference": Good}, table)`."""
 
     def make(classes: dict[str, type[nn.Module]], table: dict[str, Any] | None = None, **needs: Any) -> Spec:
@@ -257,14 +267,17 @@ def spec_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         data |= {"ffn": {"kind": "odd", **(table or {})}, "layers": [{"repeat": 2}]}
         return Spec(from_data(data), Registry([*current().registry.infos, info]))
 
-    yield make
+    return make
 
 
 @pytest.mark.parametrize(
     ("cls", "told"),
     [
         (TakesTooLittle, "ffn odd at layers.0.ffn declares count, scale but takes none of that name"),
-        (TakesUndeclared, "ffn odd at layers.0.ffn takes a weight 'more' but declares none; declared: scale, count"),
+        (
+            TakesUndeclared,
+            "ffn odd at layers.0.ffn takes a weight 'more' but declares none; declared: scale, count",
+        ),
         (TakesTwice, "ffn odd at layers.0.ffn takes its linear map 'map' twice"),
         (TakesAsAnother, "ffn odd at layers.0.ffn takes a weight 'map' but declares none"),
         (MakesItsOwn, "layers.0.ffn.extra.bias, layers.0.ffn.extra.weight, .*: is built but not declared"),
@@ -374,17 +387,26 @@ def test_needs_are_asked_with_the_site_the_machine_and_the_phase(spec_with: Any)
         asked.append(facts)
         return "no" if facts.phase == "train" else None
 
-    found = spec_with({"fast": Decoding, "reference": Good}, fast={"needs": needs, "phases": ("train", "decode")})
+    found = spec_with(
+        {"fast": Decoding, "reference": Good}, fast={"needs": needs, "phases": ("train", "decode")}
+    )
     model = skeleton(found, dtype="bfloat16")
     assert model.choices["layers.1.ffn"] == {"train": "reference", "prefill": "reference", "decode": "fast"}
     facts = asked[0]
-    assert (facts.device, facts.dtype, facts.site.path, facts.config.size) == ("cpu", "bfloat16", "layers.0.ffn", 1)
+    assert (facts.device, facts.dtype, facts.site.path, facts.config.size) == (
+        "cpu",
+        "bfloat16",
+        "layers.0.ffn",
+        1,
+    )
     assert {facts.phase for facts in asked} == {"train", "decode"}
 
 
 def test_where_nothing_serves_all_reasons_are_given(spec_with: Any) -> None:
     refusing = {"needs": lambda facts: "too small"}
-    with pytest.raises(SpecError, match=r"ffn.kind = \"odd\": nothing serves train here: a: too small; b: too small"):
+    with pytest.raises(
+        SpecError, match=r"ffn.kind = \"odd\": nothing serves train here: a: too small; b: too small"
+    ):
         skeleton(spec_with({"a": Good, "b": Good}, a=refusing, b=refusing))
 
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from composeformer.build import build
+from composeformer.assemble import build
 from composeformer.contracts import Cache
-from composeformer.cost import cost
+from composeformer.costs import cost
 from composeformer.errors import InputError
 from composeformer.spec import Spec
 from composeformer.testing.specs import specs
@@ -37,7 +37,12 @@ def dense(draw: st.DrawFn) -> dict[str, int]:
 @settings(deadline=None, max_examples=60)
 @given(dense(), st.integers(1, 10**6))
 def test_counts_are_the_closed_form(n: dict[str, int], context: int) -> None:
-    mixer = {"num_heads": n["heads"], "num_kv_heads": n["kv"], "head_dim": n["head"], "qkv_bias": bool(n["bias"])}
+    mixer = {
+        "num_heads": n["heads"],
+        "num_kv_heads": n["kv"],
+        "head_dim": n["head"],
+        "qkv_bias": bool(n["bias"]),
+    }
     found = Spec.from_dict(
         {
             "model": {
@@ -92,7 +97,9 @@ def plain(data: dict[str, Any]) -> dict[str, Any]:
 
 @settings(deadline=None, max_examples=25)
 @given(specs(run=False), st.integers(2, 9))  # a single token's products are no matrix products
-def test_operations_are_those_that_a_forward_counts_with_a_full_mask(data: dict[str, Any], tokens: int) -> None:
+def test_operations_are_those_that_a_forward_counts_with_a_full_mask(
+    data: dict[str, Any], tokens: int
+) -> None:
     model = build(Spec.from_dict(plain(data)))
     ids = torch.zeros(2, tokens, dtype=torch.int64)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -111,7 +118,9 @@ def test_counts_and_cache_are_those_of_what_is_built(data: dict[str, Any], rows:
     assert counts.buffers == {}
     width = model.activations.itemsize
     cache = model.new_cache(rows, tokens)
-    windows = [cost_of for layer in found.plan.layers if "mixer" in layer for cost_of in _caches(layer["mixer"])]
+    windows = [
+        cost_of for layer in found.plan.layers if "mixer" in layer for cost_of in _caches(layer["mixer"])
+    ]
     assert cache.num_bytes == rows * width * sum(one.elements(tokens) for one in windows)
     assert counts.cache_bytes_per_token == 2 * sum(one.per_token for one in windows)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from composeformer.build import build
+from composeformer.assemble import build
 from composeformer.contracts import Constant, Normal, Weight
 from composeformer.init import initial
 from composeformer.spec import Spec
@@ -17,7 +17,9 @@ SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 
 @settings(deadline=None, max_examples=50)
 @given(st.text(max_size=8), SHAPES, st.integers(-(2**70), 2**70), st.floats(1e-3, 10))
-def test_a_value_is_a_function_of_seed_and_name(name: str, shape: tuple[int, ...], seed: int, std: float) -> None:
+def test_a_value_is_a_function_of_seed_and_name(
+    name: str, shape: tuple[int, ...], seed: int, std: float
+) -> None:
     weight = Weight(name="w", shape=shape, init=Normal(std))
     torch.manual_seed(0)
     state = torch.get_rng_state()
@@ -44,7 +46,9 @@ def test_what_states_no_initial_value_takes_the_models() -> None:
     assert abs(initial("a", bare, 0, 0.5).mean().item()) < 0.01
 
 
-@pytest.mark.parametrize(("dtype", "built"), [(None, torch.float32), ("int64", torch.int64), ("bool", torch.bool)])
+@pytest.mark.parametrize(
+    ("dtype", "built"), [(None, torch.float32), ("int64", torch.int64), ("bool", torch.bool)]
+)
 def test_a_constant_is_everywhere(dtype: str | None, built: torch.dtype) -> None:
     value = initial("a", Weight(name="w", shape=(2, 3), dtype=dtype, init=Constant(1.0)), 0, 0.5)
     assert value.dtype == built

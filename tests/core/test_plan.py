@@ -92,7 +92,9 @@ class Strange(Config):
         yield "a"
 
 
-@pytest.mark.parametrize(("cls", "told"), [(Twice, "ffn odd declares a twice"), (Strange, "ffn odd declares a str")])
+@pytest.mark.parametrize(
+    ("cls", "told"), [(Twice, "ffn odd declares a twice"), (Strange, "ffn odd declares a str")]
+)
 def test_a_config_that_declares_wrongly_is_named(cls: type[Config], told: str) -> None:
     with pytest.raises(TypeError, match=f"{told} at layers.0.ffn"):
         with_odd(odd(config=cls))
@@ -107,7 +109,9 @@ class Alias(Config):
 
 
 def test_a_shared_tensor_must_exist_in_the_same_shape() -> None:
-    with pytest.raises(SpecError, match=r"ffn.kind = .*the tensor embedding.weight, which has shape \(256, 64\)"):
+    with pytest.raises(
+        SpecError, match=r"ffn.kind = .*the tensor embedding.weight, which has shape \(256, 64\)"
+    ):
         with_odd(odd(config=Alias))
 
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from composeformer.build import build
-from composeformer.cost import cost
+from composeformer.assemble import build
+from composeformer.costs import cost
 from composeformer.spec import Spec, shipped
 from composeformer.tensors import DTYPES
 
@@ -88,7 +88,7 @@ def test_scaled_down_it_trains_three_steps(name: str) -> None:
     losses = []
     for _ in range(3):
         logits = model(ids[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss: Any = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())

@@ -38,7 +38,7 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    from composeformer.cost import cost
+    from composeformer.costs import cost
     from composeformer.errors import FolderError, InputError
     from composeformer.spec import Spec
 
@@ -48,7 +48,7 @@ def command(
     if output is not None and output.exists() and not force:
         raise FolderError(f"{output}: exists already; --force replaces a model folder")
 
-    from composeformer.build import build
+    from composeformer.assemble import build
 
     started = perf_counter()
     with progress("initial values") as advance:

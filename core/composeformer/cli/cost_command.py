@@ -17,7 +17,7 @@ from composeformer.cli.options import SPEC_HELP, big, console, json_option, prin
 )
 @json_option
 def command(spec: str, settings: tuple[str, ...], context: int | None, as_json: bool) -> None:
-    from composeformer.cost import cost
+    from composeformer.costs import cost
     from composeformer.spec import Spec
 
     counts = cost(Spec.load(spec, settings), context=context)

@@ -19,7 +19,7 @@ def command(source: Path, output: Path, force: bool, as_json: bool) -> None:
 
     if output.exists() and not force:
         raise FolderError(f"{output}: exists already; --force replaces a model folder")
-    from composeformer.cost import cost
+    from composeformer.costs import cost
     from composeformer.store import import_model
 
     with progress("importing") as advance:

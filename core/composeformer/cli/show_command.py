@@ -84,5 +84,5 @@ def _values(spec: Any) -> Any:
         table.add_column(column, overflow="fold")
     for path, value, source in spec.values():
         mark = " (unverified)" if path in spec.unverified else ""
-        table.add_row(path, escape(show(value)), f"{source}{mark}")
+        table.add_row(escape(path), escape(show(value)), escape(f"{source}{mark}"))
     return table

@@ -7,7 +7,7 @@ import attrs
 
 from composeformer.config import facts_of
 from composeformer.contracts import PHASES, Part
-from composeformer.cost.counts import parameters
+from composeformer.costs.counts import parameters
 from composeformer.plan import Node
 from composeformer.spec import Spec
 

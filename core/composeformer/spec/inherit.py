@@ -27,7 +27,7 @@ MAX_EXTENDS = 16
 
 
 def load(ref: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Document:
-    """The resolved document of a `.toml` path or of a shipped spec's bare name, with `KEY=VALUE` overrides.
+    """The resolved document of a `.toml` path, a model folder or a shipped spec's bare name, with overrides.
 
     Raises ComposeError, in one line, for what can not be found, read or merged.
     """
@@ -35,6 +35,9 @@ def load(ref: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Document
     if isinstance(ref, str) and not _is_path(name):
         found = _shipped(name, pathlib.Path())
     else:
+        # A model folder holds its spec.
+        inside = os.path.join(name, "spec.toml")
+        name = inside if os.path.isfile(inside) else name
         found = _file(pathlib.Path(name), name)
     return _resolved(found, overrides)
 

@@ -29,8 +29,8 @@ def values(spec: "Spec") -> Iterator[tuple[str, object, Source]]:
 
 
 def leaves(value: object, path: Path = ()) -> Iterator[tuple[Path, object]]:
-    """Values that are no tables, and empty tables; a list is one value unless it holds tables."""
-    if isinstance(value, dict) and value:
+    """Values that are no tables; a list is one value unless it holds tables."""
+    if isinstance(value, dict):
         for key, below in value.items():
             yield from leaves(below, (*path, key))
     elif isinstance(value, list) and any(isinstance(element, dict) for element in value):

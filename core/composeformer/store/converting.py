@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from composeformer.dialects import Dialect, expressing, find
 from composeformer.errors import DialectError, FolderError
-from composeformer.folder import TensorInfo, WeightReader, new_folder, write_json, write_shards
+from composeformer.folder import WeightReader, new_folder, write_json, write_shards
 from composeformer.spec import Spec
-from composeformer.store.loading import describe, lookup, read_config, shapes
+from composeformer.store.loading import as_stored, describe, lookup, read_config, shapes
 from composeformer.store.lock import NATIVE
 from composeformer.store.saving import SPEC_NAME, counted, write
 from composeformer.text import copy_tokenizer
@@ -49,7 +48,7 @@ def _from_folder(root: Path, target: Any, replace: bool, max_shard_bytes: int, p
     with WeightReader(root) as reader:
         document = dialect.to_spec(config, shapes(reader))
         document.setdefault("name", root.resolve().name)
-        spec = _stored(Spec.from_dict(document, label=str(root / "config.json")), reader.names())
+        spec = as_stored(Spec.from_dict(document, label=str(root / "config.json")), reader.names())
         get = lookup(spec, dialect.name, reader, root)
         carried = _carried(config)
         return _write(
@@ -85,25 +84,6 @@ def _from_gguf(path: Path, target: Any, replace: bool, max_shard_bytes: int, pro
             max_shard_bytes,
             progress,
         )
-
-
-def _stored(spec: Spec, found: Mapping[str, TensorInfo]) -> Spec:
-    """The spec in the dtype that most elements of a source have."""
-    sizes: dict[torch.dtype, int] = {}
-    for info in found.values():
-        if info.dtype.is_floating_point:
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + torch.Size(info.shape).numel()
-    if not sizes:
-        return spec
-    most = max(sizes, key=lambda dtype: sizes[dtype])
-    name = str(most).removeprefix("torch.")
-    if (
-        name == "float32"
-        or name not in ("bfloat16", "float16", "float64")
-        or "precision" in spec.document.data
-    ):
-        return spec
-    return spec.with_(precision={"kind": spec.single("precision").kind, "dtype": name})
 
 
 def _write(

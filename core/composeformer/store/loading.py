@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from composeformer.build import fill, skeleton
+from composeformer.assemble import fill, skeleton
 from composeformer.decoder import Model
 from composeformer.dialects import find, load_all
 from composeformer.errors import FolderError, one_of
-from composeformer.folder import WeightReader
+from composeformer.folder import TensorInfo, WeightReader
 from composeformer.folder import check_manifest as check_files
 from composeformer.spec import Spec
 from composeformer.store.lock import NATIVE, check_lock, read_lock
@@ -70,7 +71,27 @@ def describe(root: Path) -> tuple[Spec, str]:
     dialect = find(config)
     with WeightReader(root) as reader:
         document = dialect.to_spec(config, shapes(reader))
-    return Spec.from_dict(document, label=str(root / "config.json")), dialect.name
+        spec = Spec.from_dict(document, label=str(root / "config.json"))
+        return as_stored(spec, reader.names()), dialect.name
+
+
+def as_stored(spec: Spec, found: Mapping[str, TensorInfo]) -> Spec:
+    """The spec in the dtype that most elements of a source have."""
+    sizes: dict[torch.dtype, int] = {}
+    for info in found.values():
+        if info.dtype.is_floating_point:
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + torch.Size(info.shape).numel()
+    if not sizes:
+        return spec
+    most = max(sizes, key=lambda dtype: sizes[dtype])
+    name = str(most).removeprefix("torch.")
+    if (
+        name == "float32"
+        or name not in ("bfloat16", "float16", "float64")
+        or "precision" in spec.document.data
+    ):
+        return spec
+    return spec.with_(precision={"kind": spec.single("precision").kind, "dtype": name})
 
 
 def shapes(source: Tensors) -> dict[str, tuple[int, ...]]:

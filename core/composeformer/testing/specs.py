@@ -111,7 +111,9 @@ def specs(
         single = len(named) == 1 and name == slot
         data[slot] = named[name] if single else named
     data["layers"] = _entries(draw, tables, 0)
-    data |= draw(some({"name": st.text(max_size=8), "format": st.just(1), "description": st.text(max_size=8)}))
+    data |= draw(
+        some({"name": st.text(max_size=8), "format": st.just(1), "description": st.text(max_size=8)})
+    )
     ends = {
         "embedding": some({"scale": floats(0.1, 10.0)}),
         "head": some({"scale": floats(0.1, 10.0), "cap": floats(1.0, 50.0)}),

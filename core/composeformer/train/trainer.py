@@ -55,7 +55,11 @@ def _load(part: Part, model: Model, spec: Spec) -> Any:
     """What the part's implementation names: the one asked for, or the first that serves."""
     site = Site(path=part.slot, slot=part.slot, layer=None, width=spec.model.hidden_size, spec=spec)
     facts = Facts(
-        config=part.config, site=site, phase="train", device=model.device.type, dtype=str(model.activations)
+        config=part.config,
+        site=site,
+        phase="train",
+        device=model.device.type,
+        dtype=str(model.activations).removeprefix("torch."),
     )
     wanted = part.chosen("train")
     reasons = {}

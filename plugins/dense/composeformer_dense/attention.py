@@ -21,7 +21,7 @@ from composeformer.tensors import Batch, Output, visible
 from composeformer_dense.configs.attention import GQA
 
 if TYPE_CHECKING:
-    from composeformer.build import TensorSite
+    from composeformer.assemble import TensorSite
 
 
 class Attention(nn.Module):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from composeformer_dense.configs import ends
 
 if TYPE_CHECKING:
-    from composeformer.build import TensorSite
+    from composeformer.assemble import TensorSite
 
 
 class TokenEmbedding(nn.Module):

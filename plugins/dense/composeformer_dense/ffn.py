@@ -15,7 +15,7 @@ from composeformer.tensors import Batch, Output
 from composeformer_dense.configs.ffn import SwiGLU
 
 if TYPE_CHECKING:
-    from composeformer.build import TensorSite
+    from composeformer.assemble import TensorSite
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from composeformer_dense.configs import norm
 
 if TYPE_CHECKING:
-    from composeformer.build import TensorSite
+    from composeformer.assemble import TensorSite
 
 
 class RMSNorm(nn.Module):

@@ -13,7 +13,7 @@ from composeformer.tensors import Batch, Output, merge
 from composeformer_dense.configs import residual
 
 if TYPE_CHECKING:
-    from composeformer.build import TensorSite
+    from composeformer.assemble import TensorSite
 
 
 class PreNorm(nn.Module):

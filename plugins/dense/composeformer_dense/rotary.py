@@ -23,7 +23,7 @@ from composeformer.tensors import Rotary
 from composeformer_dense.configs import position
 
 if TYPE_CHECKING:
-    from composeformer.build import TensorSite
+    from composeformer.assemble import TensorSite
 
 
 class Rope(nn.Module):

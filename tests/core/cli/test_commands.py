@@ -3,16 +3,18 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from composeformer.cli import COMMANDS, main
+from composeformer.plugins import configure
 
 
 @pytest.fixture
-def compose(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def compose(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
     """Runs `compose ARGS` in this process: (exit code, stdout, stderr)."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
@@ -23,7 +25,9 @@ def compose(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         assert "Traceback" not in err
         return int(ended.value.code or 0), out, err
 
-    return run
+    yield run
+    # `--no-plugin` holds for the process.
+    configure()
 
 
 def test_help_names_every_command(compose: Any) -> None:

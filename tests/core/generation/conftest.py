@@ -2,7 +2,7 @@
 
 import pytest
 
-from composeformer.build import build
+from composeformer.assemble import build
 from composeformer.decoder import Model
 from composeformer.spec import Spec
 

@@ -115,7 +115,10 @@ BAD: dict[str, tuple[str, str]] = {
         "class Odd(Size):\n    pass\n" + component_of('"odd", config=Odd'),
         "config Odd must be decorated with @config",
     ),
-    "mutable_config": (config_of("size: int = field(default=3)", "@attrs.define"), "config Odd must be frozen"),
+    "mutable_config": (
+        config_of("size: int = field(default=3)", "@attrs.define"),
+        "config Odd must be frozen",
+    ),
     "mutable_empty": (
         "@attrs.define(slots=False)\nclass Odd(Config):\n    pass\n" + component_of('"o", config=Odd'),
         "config Odd must be frozen",
@@ -141,8 +144,14 @@ BAD: dict[str, tuple[str, str]] = {
         config_of("sizes: tuple[int, ...] = field([1])"),
         "Odd.sizes = [1]: the default must be a",
     ),
-    "bad_default": (config_of("size: int = field(default=0, minimum=1)"), "config Odd.size = 0: must be >= 1"),
-    "wrong_default": (config_of('size: int = field(default="x")'), 'config Odd.size = "x": must be an integer'),
+    "bad_default": (
+        config_of("size: int = field(default=0, minimum=1)"),
+        "config Odd.size = 0: must be >= 1",
+    ),
+    "wrong_default": (
+        config_of('size: int = field(default="x")'),
+        'config Odd.size = "x": must be an integer',
+    ),
     "none_default": (config_of("size: int = field(default=None)"), "config Odd.size: must be an integer"),
     "twice": (hook(GOOD, GOOD), "compose_components: ffn 'good' is registered twice"),
     "two_defaults": (

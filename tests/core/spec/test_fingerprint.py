@@ -64,7 +64,10 @@ def test_names_of_components_do_not_count(data: dict[str, Any]) -> None:
 
     def entries(layers: list[Any]) -> list[Any]:
         return [
-            {key: entries(value) if key == "layers" else reference(key, value) for key, value in entry.items()}
+            {
+                key: entries(value) if key == "layers" else reference(key, value)
+                for key, value in entry.items()
+            }
             for entry in layers
         ]
 
@@ -119,7 +122,8 @@ def test_stating_a_default_does_not_count(data: dict[str, Any]) -> None:
     full: dict[str, Any] = {"model": table(found.model)}
     full |= {slot: part(found.single(slot)) for slot in ("embedding", "head", "residual")}
     full["layers"] = [
-        {slot: part(layer[slot].part) if slot in layer else False for slot in ("mixer", "ffn")} for layer in plan.layers
+        {slot: part(layer[slot].part) if slot in layer else False for slot in ("mixer", "ffn")}
+        for layer in plan.layers
     ]
     assert Spec.from_dict(full).fingerprint == found.fingerprint
 
@@ -148,8 +152,8 @@ def other(fact: FieldFacts, value: Any) -> st.SearchStrategy[Any]:
     if fact.kind == "boolean":
         return st.just(not value)
     if fact.kind == "integer":
-        low = int(fact.minimum or 0)
-        return st.integers(low, low + 64).filter(lambda n: n != value)
+        first = int(fact.minimum or 0)
+        return st.integers(first, first + 64).filter(lambda n: n != value)
     low = fact.minimum if fact.minimum is not None else fact.above if fact.above is not None else -1.0
     high = fact.maximum if fact.maximum is not None else low + 64.0
     return st.floats(low, high, exclude_min=fact.above is not None).filter(lambda x: x != value)
@@ -183,10 +187,9 @@ def test_every_field_that_affects_the_function_counts_and_no_other(
 
 
 def _effective(spec: Spec) -> Any:
-    """The parts as they are built: a refinement may override what was changed, a heads' default mean the same."""
-    return [[node.part.config for node in layer.values()] for layer in spec.plan.layers], attrs.evolve(
-        spec.model, init_std=1.0
-    )
+    """The parts as they are built: a refinement may override what was changed, a default mean the same."""
+    model = {name: value for name, value in vars(spec.model).items() if name != "init_std"}
+    return model, [[node.part.config for node in layer.values()] for layer in spec.plan.layers]
 
 
 @pytest.mark.parametrize("kind", ["linear", "yarn", "none"])

@@ -66,7 +66,9 @@ def test_where_there_are_several_one_must_be_named() -> None:
 def test_a_kind_beside_names_is_one_clear_error() -> None:
     lines = wrong(mixer={**GQA, "x": GQA}, layers=[{"mixer": "x"}, {}])
     assert len(lines) == 1
-    assert lines[0].startswith("mixer.x: [mixer] with a kind is the only mixer, and mixer.x can not stand beside it")
+    assert lines[0].startswith(
+        "mixer.x: [mixer] with a kind is the only mixer, and mixer.x can not stand beside it"
+    )
 
 
 def test_a_model_has_one_of_each_end() -> None:
@@ -96,7 +98,9 @@ def test_a_refinement_keeps_what_it_does_not_say() -> None:
     found = spec(mixer={"a": {**GQA, "cap": 3.0}, "b": GQA}, layers=[entry, {"mixer": "a"}])
     assert (mixer(found).config.window, mixer(found).config.cap) == (4, 3.0)
     assert mixer(found, 1).config.window is None
-    assert mixer(found) == attrs.evolve(mixer(found, 1), config=attrs.evolve(mixer(found, 1).config, window=4))
+    assert mixer(found) == attrs.evolve(
+        mixer(found, 1), config=attrs.evolve(mixer(found, 1).config, window=4)
+    )
 
 
 @pytest.mark.parametrize(
@@ -270,19 +274,14 @@ def test_a_cycle_of_references_is_one_error(wrapping: Registry, way: Any, length
     assert "refers to itself: ffn.w0 -> " in line
 
 
-def test_references_that_multiply_are_refused(wrapping: Registry) -> None:
-    """Two references in each of thirty components would make a tree of a billion parts."""
-    for way in (lambda name: name, lambda name: {"use": name, "size": 2}):
-        ffn: dict[str, Any] = {
-            f"w{i}": {"kind": "wrap", "inner": way(f"w{i + 1}"), "other": way(f"w{i + 1}")} for i in range(30)
-        }
-        ffn["w30"] = {"kind": "wrap"}
-        found = None
-        try:
-            found = Spec(from_data(data(ffn=ffn, layers=[{"ffn": "w0"}])), wrapping)
-        except ComposeError as error:
-            assert "more than 20000 parts" in str(error)
-        assert found is None or len(list(found.plan.nodes())) < 100
+def test_refinements_that_multiply_are_refused(wrapping: Registry) -> None:
+    """Two refinements in each of thirty components would make a tree of a billion parts."""
+    ffn: dict[str, Any] = {"w30": {"kind": "wrap"}}
+    for index in range(30):
+        below = {"use": f"w{index + 1}", "size": 2}
+        ffn[f"w{index}"] = {"kind": "wrap", "inner": below, "other": below}
+    with pytest.raises(ComposeError, match="more than 20000 parts"):
+        Spec(from_data(data(ffn=ffn, layers=[{"ffn": "w0"}])), wrapping)
 
 
 def test_long_chains_of_references_are_refused(wrapping: Registry) -> None:
@@ -303,8 +302,8 @@ def test_what_only_a_run_needs_may_be_contested() -> None:
 
     registry = Registry([*current().registry.infos, plugin("a", "schedule"), plugin("b", "schedule")])
     found = Spec(from_data(data()), registry)
-    with pytest.raises(ComposeError, match="a default is registered by plugins a .* and b"):
+    with pytest.raises(ComposeError, match=r"a default is registered by plugins a .* and b"):
         found.single("schedule")
     registry = Registry([*current().registry.infos, plugin("a", "head")])
-    with pytest.raises(SpecError, match="head: a default is registered by plugins dense .* and a"):
+    with pytest.raises(SpecError, match=r"head: a default is registered by plugins dense .* and a"):
         Spec(from_data(data()), registry)

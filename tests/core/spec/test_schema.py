@@ -83,7 +83,23 @@ def test_what_the_parser_reads_is_valid(validator: Draft202012Validator, data: d
     assert validator.is_valid(data)
 
 
-VALUES: list[Any] = [True, False, 0, 1, 2, -1, 0.5, 2**50, "x", "gqa", [], [1], {}, {"kind": "x"}, {"use": "x"}]
+VALUES: list[Any] = [
+    True,
+    False,
+    0,
+    1,
+    2,
+    -1,
+    0.5,
+    2**50,
+    "x",
+    "gqa",
+    [],
+    [1],
+    {},
+    {"kind": "x"},
+    {"use": "x"},
+]
 KEYS = ["kind", "use", "implementation", "repeat", "layers", "eps", "windw", "extends", "mixer"]
 
 

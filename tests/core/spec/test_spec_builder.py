@@ -86,7 +86,13 @@ def test_a_copy_keeps_its_name_and_its_original() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"model.hidden_size": "64"}, {"model": 3}, {"layers.7.repeat": 2}, {"extends": "llama-2-7b"}, {"a b": 1}],
+    [
+        {"model.hidden_size": "64"},
+        {"model": 3},
+        {"layers.7.repeat": 2},
+        {"extends": "llama-2-7b"},
+        {"a b": 1},
+    ],
 )
 def test_a_wrong_change_is_an_error(change: dict[str, Any]) -> None:
     with pytest.raises(ComposeError):
@@ -130,7 +136,7 @@ def test_every_value_is_listed_once_with_its_source(data: dict[str, Any]) -> Non
     stated = [(value, source) for _, value, source in listed if source != DEFAULT]
     assert [value for value, _ in stated] == [value for _, value in leaves(found.document.data)]
     assert all(source.file == "here.toml" and source.line is not None for _, source in stated)
-    lines = found.to_toml().splitlines()
+    lines = found.to_toml().split("\n")
     for path, _, source in listed:
         if source != DEFAULT and source.line is not None and '"' not in path:
             assert path.rpartition(".")[2] in lines[source.line - 1]
@@ -148,7 +154,9 @@ def test_every_field_of_every_part_is_listed_where_it_is_stated(data: dict[str, 
             places = [".".join(map(_key, (*path, name))) for path in part.paths]
             if isinstance(value, Part):
                 covered(value)
-                assert any(place in listed or any(p.startswith(f"{place}.") for p in listed) for place in places)
+                assert any(
+                    place in listed or any(p.startswith(f"{place}.") for p in listed) for place in places
+                )
             else:
                 stated = [listed[place] for place in places if place in listed]
                 assert stated[0] == (list(value) if isinstance(value, tuple) else value)
@@ -161,7 +169,11 @@ def test_every_field_of_every_part_is_listed_where_it_is_stated(data: dict[str, 
 
 def _key(step: str | int) -> str:
     text = str(step)
-    return text if all(c.isascii() and (c.isalnum() or c in "-_") for c in text) else json.dumps(text, ensure_ascii=False)
+    return (
+        text
+        if all(c.isascii() and (c.isalnum() or c in "-_") for c in text)
+        else json.dumps(text, ensure_ascii=False)
+    )
 
 
 def test_sources_are_file_and_line_setting_or_default(tmp_path: Path) -> None:

@@ -100,7 +100,11 @@ def test_there_is_something_to_mutate() -> None:
 def typos(draw: st.DrawFn, word: str) -> str:
     """One letter dropped, doubled, or swapped with the next."""
     at = draw(st.integers(0, len(word) - 2))
-    ways = [word[:at] + word[at + 1 :], word[: at + 1] + word[at:], word[:at] + word[at + 1] + word[at] + word[at + 2 :]]
+    ways = [
+        word[:at] + word[at + 1 :],
+        word[: at + 1] + word[at:],
+        word[:at] + word[at + 1] + word[at] + word[at + 2 :],
+    ]
     return draw(st.sampled_from([way for way in ways if way != word]))
 
 
@@ -133,7 +137,9 @@ def sort_of(value: str) -> str:
 
 @settings(deadline=None, max_examples=200)
 @given(st.data())
-def test_a_value_of_another_type_or_out_of_range_is_refused_at_its_line(path: Path, data: st.DataObject) -> None:
+def test_a_value_of_another_type_or_out_of_range_is_refused_at_its_line(
+    path: Path, data: st.DataObject
+) -> None:
     """Nothing is coerced: "3", 3.9 and true are no integers, 1 is no boolean, true is no number."""
     line = data.draw(st.sampled_from(LINES))
     sort = sort_of(line.value)
@@ -152,7 +158,9 @@ def test_a_missing_key_is_refused_unless_it_has_a_default(path: Path, data: st.D
         assert (code, lines) == (0, [])
     else:
         assert code == 2
-        assert any(line.path in told or (line.key == "kind" and f" {line.table}: " in told) for told in lines), lines
+        assert any(
+            line.path in told or (line.key == "kind" and f" {line.table}: " in told) for told in lines
+        ), lines
 
 
 @settings(deadline=None, max_examples=100)
@@ -163,7 +171,7 @@ def test_a_misspelt_kind_or_name_is_told_with_the_nearest(path: Path, data: st.D
     word = line.value.strip('"')
     typo = data.draw(typos(word))
     about = refused(path, line.replaced(f'{line.key} = "{typo}"'), line.number)
-    assert any(f"{line.path} = \"{typo}\"" in told and "allowed: " in told for told in about)
+    assert any(f'{line.path} = "{typo}"' in told and "allowed: " in told for told in about)
     if nearest(typo, [word]):
         assert any(f"did you mean '{word}'?" in told for told in about)
 
@@ -253,7 +261,9 @@ def test_a_problem_of_a_component_is_told_once_however_often_it_is_refined() -> 
 def test_problems_name_the_file_and_line_that_stated_the_value(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text(TEXTS["tiny-llama"].replace("num_heads = 4", "num_heads = 0"))
     child = tmp_path / "child.toml"
-    child.write_text('extends = "base.toml"\n[[layers]]\nrepeat = 2\nmixer = { use = "attention", window = 0 }\n')
+    child.write_text(
+        'extends = "base.toml"\n[[layers]]\nrepeat = 2\nmixer = { use = "attention", window = 0 }\n'
+    )
     code, lines = check(child, child.read_text())
     number = TEXTS["tiny-llama"].splitlines().index("num_heads = 4") + 1
     assert code == 2
@@ -263,12 +273,14 @@ def test_problems_name_the_file_and_line_that_stated_the_value(tmp_path: Path) -
 
 def test_a_refinement_that_becomes_impossible_is_told_at_the_value(path: Path) -> None:
     text = TEXTS["tiny-llama"].replace('mixer = "attention"', 'mixer = { use = "attention", num_heads = 3 }')
-    code, (line,) = check(path, text)
+    _, (line,) = check(path, text)
     number = next(n for n, told in enumerate(text.splitlines(), 1) if told.startswith("num_kv_heads"))
     assert line == f"compose: {path}:{number}: mixer.attention.num_kv_heads = 2: must divide num_heads (3)"
 
 
-@pytest.mark.parametrize("text", [b"\xff\xfe", b"x" * 2_000_000, b"a = [" * 5000, b"= 3", b"extends = 'no'", b""])
+@pytest.mark.parametrize(
+    "text", [b"\xff\xfe", b"x" * 2_000_000, b"a = [" * 5000, b"= 3", b"extends = 'no'", b""]
+)
 def test_what_is_no_spec_is_one_line_and_exit_2(path: Path, text: bytes) -> None:
     path.write_bytes(text)
     errors = io.StringIO()
@@ -280,7 +292,11 @@ def test_what_is_no_spec_is_one_line_and_exit_2(path: Path, text: bytes) -> None
 
 
 def test_no_terminal_obeys_what_a_spec_says(path: Path) -> None:
-    text = TEXTS["tiny-llama"].replace('kind = "rope"', 'kind = "ro\\u001b[31mpe"').replace("eps", '"e\\u001bps\\n"')
+    text = (
+        TEXTS["tiny-llama"]
+        .replace('kind = "rope"', 'kind = "ro\\u001b[31mpe"')
+        .replace("eps", '"e\\u001bps\\n"')
+    )
     code, lines = check(path, text)
     assert code == 2
     assert lines
@@ -301,7 +317,11 @@ def test_whoever_overrides_a_value_takes_its_mark_away() -> None:
     assert set(Spec.load(base, ["norm.rms.eps=1e-6"]).unverified) == marks - {"norm.rms.eps"}
     other = base.with_(position={"rope": {"kind": "rope", "theta": 5e5}})
     assert other.unverified == ("norm.rms.eps",)
-    child = {"extends": "llama-3.1-8b", "norm": {"rms": {"eps": 1e-5}}, "position": {"rope": {"kind": "none"}}}
+    child = {
+        "extends": "llama-3.1-8b",
+        "norm": {"rms": {"eps": 1e-5}},
+        "position": {"rope": {"kind": "none"}},
+    }
     assert Spec.from_dict(child).unverified == ()
 
 

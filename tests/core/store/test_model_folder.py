@@ -7,9 +7,9 @@ import pytest
 import tomli
 import tomli_w
 import torch
-from composeformer.assemble import build
 
 import composeformer as cf
+from composeformer.assemble import build
 from composeformer.errors import ComposeError, FolderError, InputError
 from composeformer.spec import Spec
 from composeformer.store import describe, load, save

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from composeformer.build import build
+from composeformer.assemble import build
 from composeformer.decoder import Model
 from composeformer.spec import Spec
 from composeformer.tensors import Aux, Batch, Output

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from composeformer.build import build
+from composeformer.assemble import build
 from composeformer.decoder import Model
 from composeformer.errors import InputError, SpecError
 from composeformer.generation import generate

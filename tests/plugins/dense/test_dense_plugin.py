@@ -53,7 +53,7 @@ def test_dialects_are_the_toml_files_beside_it():
 def test_every_kind_is_in_the_readme_and_its_spec_builds():
     import torch
 
-    from composeformer.build import build
+    from composeformer.assemble import build
     from composeformer.spec import Spec
 
     text = README.read_text()

@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-from composeformer.build import fill, skeleton
+from composeformer.assemble import fill, skeleton
 from composeformer.decoder import Model
 from composeformer.dialects import Dialect, find
 from composeformer.folder import WeightReader, strict_json

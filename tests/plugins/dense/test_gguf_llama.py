@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from composeformer.build import fill, skeleton
+from composeformer.assemble import fill, skeleton
 from composeformer.dialects import find
 from composeformer.dialects.factors import Factors
 from composeformer.errors import DialectError

@@ -129,7 +129,7 @@ def test_tables_are_the_papers_formulas(lab, name):
 @kinds
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_tables_stay_fp32_after_any_cast_and_after_a_meta_build(lab, name, dtype):
-    from composeformer.build import build
+    from composeformer.assemble import build
 
     wanted = position(lab, 64, name)(LONG)
     module = position(lab, 64, name, dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from composeformer.build import build
+from composeformer.assemble import build
 from composeformer.spec import Spec
 from composeformer.tensors import Batch, ModelOutput
 from composeformer.train import TokenBatch

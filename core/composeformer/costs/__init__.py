@@ -1,5 +1,5 @@
 """What a model is, needs and costs, from its spec alone, without torch."""
 
-from composeformer.cost.counts import Active, Counts, Flops, cost
+from composeformer.costs.counts import Active, Counts, Flops, cost
 
 __all__ = ["Active", "Counts", "Flops", "cost"]
