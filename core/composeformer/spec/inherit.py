@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from composeformer.errors import Problem, SpecError, nearest, one_of
+from composeformer.plugins import current
 from composeformer.spec.document import Document, FileError, parse, printable, read
 from composeformer.spec.merge import merge
 from composeformer.spec.overrides import apply_all
@@ -51,8 +52,8 @@ def resolve(document: Document, base: pathlib.Path | None, overrides: Sequence[s
 
 
 def shipped() -> list[str]:
-    """The names of the specs that come with composeformer."""
-    return sorted(_texts())
+    """The names of the specs that come with composeformer and its plugins."""
+    return sorted({*_texts(), *_from_plugins()})
 
 
 @attrs.frozen
@@ -121,7 +122,16 @@ def _file(path: pathlib.Path, label: str) -> _Found:
 
 def _shipped(name: str, folder: pathlib.Path | None) -> _Found:
     """A shipped spec; only where there is none is `folder` searched for a file that may have been meant."""
-    text = _texts().get(name)
+    text: Traversable | pathlib.Path | None = _texts().get(name)
+    label = f"composeformer/specs/{name}.toml"
+    if text is None and (owned := _from_plugins().get(name)):
+        if len(owned) > 1:
+            owners = " and ".join(owner for owner, _ in owned)
+            raise FileError(
+                printable(name), f"{owners} both ship a spec of this name; block one with --no-plugin"
+            )
+        owner, text = owned[0]
+        label = f"{owner}/{name}.toml"
     if text is None:
         reason = f"no shipped spec has this name; {_choices(name)}"
         for file in (name, f"{name}.toml", f"{name}/spec.toml"):
@@ -129,7 +139,7 @@ def _shipped(name: str, folder: pathlib.Path | None) -> _Found:
                 reason += f"; for the file write ./{file}"
                 break
         raise FileError(printable(name), printable(reason))
-    document = parse(text.read_bytes(), f"composeformer/specs/{name}.toml")
+    document = parse(text.read_bytes(), label)
     document.name = name
     return _Found(document, None, f"shipped {name}")
 
@@ -148,3 +158,12 @@ def _texts() -> "dict[str, Traversable]":
     if not folder.is_dir():
         return {}
     return {text.name.removesuffix(".toml"): text for text in folder.iterdir() if text.name.endswith(".toml")}
+
+
+def _from_plugins() -> "dict[str, list[tuple[str, Traversable | pathlib.Path]]]":
+    """Plugins' own specs by name, each with its plugin."""
+    found: dict[str, list[tuple[str, Traversable | pathlib.Path]]] = {}
+    for info in current().infos:
+        for text in info.specs:
+            found.setdefault(text.name.removesuffix(".toml"), []).append((info.name, text))
+    return found
