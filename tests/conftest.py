@@ -1,13 +1,10 @@
-"""Settings of the whole suite: hypothesis profiles and threads.
+"""Settings of the whole suite: hypothesis profiles.
 
 `--hypothesis-profile=deep` looks longer. Timing never fails an example: machines are shared.
 """
 
-import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("deep", settings.get_profile("default"), max_examples=2000)
 settings.load_profile("default")
-
-torch.set_num_threads(2)

@@ -9,6 +9,7 @@ from composeformer.assemble import build
 from composeformer.costs import cost
 from composeformer.spec import Spec, shipped
 from composeformer.tensors import DTYPES
+from composeformer.train import TokenBatch, train_step, trainer
 
 # As released, or computed from the released configuration: all parameters; active with both embeddings, without
 # the input's, without both; cache bytes per token at two bytes; forward FLOPs per token of 4096, causal.
@@ -82,18 +83,15 @@ def test_what_is_declared_is_built(name: str, precision: dict[str, str]) -> None
 def test_scaled_down_it_trains_three_steps(name: str) -> None:
     heads = {"mixer.attention.num_heads": 4, "mixer.attention.num_kv_heads": 2, "mixer.attention.head_dim": 8}
     small = SMALL | heads | {"ffn.dense.intermediate_size": 48, "layers.0.repeat": 2}
-    model = build(Spec.load(name).with_(small))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    ids = torch.randint(128, (2, 33), generator=torch.Generator().manual_seed(0))
+    model = build(Spec.load(name).with_(small | {"train.learning_rate": 1e-2}))
+    objective, optimizer = trainer(model)
+    batch = TokenBatch(torch.randint(128, (2, 33), generator=torch.Generator().manual_seed(0)))
     losses = []
-    for _ in range(3):
-        logits = model(ids[:, :-1]).logits
-        loss: Any = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
+    for step in range(3):
+        result = train_step(model, [batch], optimizer, objective, step=step, clip_norm=1.0)
+        assert result.skipped is None
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
-        optimizer.step()
-        losses.append(loss.item())
+        losses.append(result.loss)
     assert losses[2] < losses[1] < losses[0]
 
 

@@ -139,6 +139,6 @@ def _plain_logging() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("compose: %(message)s"))
     logger = logging.getLogger("composeformer")
-    logger.addHandler(handler)
+    logger.handlers[:] = [handler]
     logger.setLevel(logging.WARNING)
     logger.propagate = False

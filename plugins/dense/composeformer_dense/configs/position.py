@@ -6,6 +6,7 @@ al., arXiv 2305.19466 (none).
 """
 
 from collections.abc import Iterable
+from math import log
 
 from composeformer.config import Config, config, field
 from composeformer.errors import Problem
@@ -94,6 +95,13 @@ class YarnRope(Rope):
         default=None, above=0.0, help="Scales the tables; absent: from the factor."
     )
     truncate: bool = field(default=True, help="Round the bounds of the blend to whole dimensions.")
+
+    @property
+    def score_scale(self) -> float:
+        """What a mixer that asks multiplies its scores by: m(mscale_all_dim)^2, 1 without it (arXiv 2412.19437)."""
+        if self.factor <= 1.0 or not self.mscale_all_dim:
+            return 1.0
+        return (0.1 * self.mscale_all_dim * log(self.factor) + 1.0) ** 2
 
     def validate(self, site: Site) -> Iterable[Problem]:
         yield from super().validate(site)

@@ -1,0 +1,124 @@
+"""`mla`: multi-head latent attention on paper.
+
+Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3, arXiv 2412.19437, section 2.1.1. Names and
+the place of the biases are those of the released configs.
+"""
+
+from collections.abc import Iterable
+from math import sqrt
+
+from composeformer.config import Config, config, field, part
+from composeformer.contracts import Cache, Core, Cost, Declared, Linear, Normal, Part, Phase
+from composeformer.site import Site
+
+
+@config
+class MLA(Config):
+    """Every head reads its keys and values out of one latent per token, and shares one rotary key.
+
+    Initial values: normal with `init_std`; the output projection divided by sqrt(2 layers), so that the
+    stream's variance does not grow with depth (GPT-2's scheme); biases zero.
+    """
+
+    num_heads: int = field(minimum=1, unit="heads", help="Heads, each with its own queries, keys and values.")
+    q_lora_rank: int | None = field(
+        None,
+        minimum=1,
+        unit="features",
+        help="Width of the queries' latent; absent: queries come straight from the input.",
+    )
+    kv_lora_rank: int = field(
+        minimum=1, unit="features", help="Width of the latent that keys and values are read from."
+    )
+    qk_nope_head_dim: int = field(
+        minimum=1, unit="features", help="Features of a head's query and key without a position."
+    )
+    qk_rope_head_dim: int = field(
+        minimum=1,
+        unit="features",
+        help="Features of a head's query, and of the shared key, that are rotated.",
+    )
+    v_head_dim: int = field(minimum=1, unit="features", help="Features of a head's value.")
+    position: Part = part(
+        "position", help="Rotates the rotary features; released weights have them in interleaved pairs."
+    )
+    norm: Part = part("norm", help="Normalises the latents.")
+    attention_bias: bool = field(
+        False, help="Biases on the maps to the latents and on the output projection."
+    )
+    window: int | None = field(
+        None, minimum=1, unit="tokens", help="A token sees itself and window - 1 before it; absent: all."
+    )
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Features that a query and a key meet in."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by: a position that stretches the context may sharpen them."""
+        sharpened: float = getattr(self.position.config, "score_scale", 1.0)
+        return sharpened / sqrt(self.qk_head_dim)
+
+    def tensors(self, site: Site) -> Iterable[Declared]:
+        inner = Normal(site.spec.model.init_std)
+        outer = Normal(site.spec.model.init_std / sqrt(2 * site.num_layers))
+        queries = self.num_heads * self.qk_head_dim
+        if self.q_lora_rank is None:
+            yield Linear(
+                name="q", inputs=site.width, outputs=queries, shard="out", unit=self.qk_head_dim, init=inner
+            )
+        else:
+            yield Linear(
+                name="q_a", inputs=site.width, outputs=self.q_lora_rank, bias=self.attention_bias, init=inner
+            )
+            yield site.part(self.norm, "q_a_norm", width=self.q_lora_rank)
+            yield Linear(
+                name="q_b",
+                inputs=self.q_lora_rank,
+                outputs=queries,
+                shard="out",
+                unit=self.qk_head_dim,
+                init=inner,
+            )
+        yield Linear(
+            name="kv_a",
+            inputs=site.width,
+            outputs=self.kv_lora_rank + self.qk_rope_head_dim,
+            bias=self.attention_bias,
+            init=inner,
+        )
+        yield site.part(self.norm, "kv_a_norm", width=self.kv_lora_rank)
+        unit = self.qk_nope_head_dim + self.v_head_dim
+        yield Linear(
+            name="kv_b",
+            inputs=self.kv_lora_rank,
+            outputs=self.num_heads * unit,
+            shard="out",
+            unit=unit,
+            init=inner,
+        )
+        yield Linear(
+            name="o",
+            inputs=self.num_heads * self.v_head_dim,
+            outputs=site.width,
+            bias=self.attention_bias,
+            shard="in",
+            unit=self.v_head_dim,
+            init=outer,
+        )
+        yield site.part(self.position, "position", width=self.qk_rope_head_dim)
+
+    def cost(self, site: Site, phase: Phase) -> Iterable[Cost]:
+        """Decoding is absorbed: fewer bytes, more products. Folding `kv_b` into a token's query and output
+        takes as many as that linear map of a token, and is counted there.
+        """
+        if phase == "decode":
+            met, mixed = self.kv_lora_rank + self.qk_rope_head_dim, self.kv_lora_rank
+        else:
+            met, mixed = self.qk_head_dim, self.v_head_dim
+        per_key = 2 * self.num_heads * (met + mixed)
+        per_token = self.kv_lora_rank + self.qk_rope_head_dim
+        yield Core(name="attention", per_key=per_key, window=self.window)
+        yield Cache(name="latent and rotary key", per_token=per_token, window=self.window)

@@ -1,0 +1,191 @@
+"""The laws of every mixer, for all implementations of mla, in float64; `auto` expands, and absorbs to decode."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+VARIANTS = {
+    "compressed": {},
+    "uncompressed": {"q_lora_rank": None, "attention_bias": True, "v_head_dim": 11},
+    "one-head": {"num_heads": 1, "kv_lora_rank": 3},
+    "window": {"num_heads": 3, "window": 3, "attention_bias": True, "v_head_dim": 9},
+    "unrotated": {"position": {"kind": "none"}, "window": 4, "qk_rope_head_dim": 3},
+}
+SERVERS = ("auto", "absorbed", "reference")
+CASES = [pytest.param(name, server, id=f"{name}-{server}") for name in VARIANTS for server in SERVERS]
+BOUND = 1e-12
+
+cases = pytest.mark.parametrize(("variant", "implementation"), CASES)
+PHASE = st.sampled_from(("prefill", "decode"))
+quick = settings(max_examples=8, deadline=None, derandomize=True)
+
+
+@pytest.fixture(scope="module")
+def models(lab):
+    made = {}
+
+    def get(variant, implementation):
+        if (variant, implementation) not in made:
+            mixer = {"implementation": implementation, **VARIANTS[variant]}
+            made[variant, implementation] = lab.model(mixer=mixer)
+        return made[variant, implementation]
+
+    return get
+
+
+@cases
+@quick
+@given(tokens=st.integers(2, 9), data=st.data())
+def test_a_later_token_changes_no_earlier_output(lab, models, variant, implementation, tokens, data):
+    model = models(variant, implementation)
+    changed = data.draw(st.integers(1, tokens - 1))
+    x = lab.stream(2, tokens)
+    y = x.clone()
+    y[:, changed:] = lab.stream(2, tokens - changed, seed=1) * 10
+    a, b = lab.mix(model, x), lab.mix(model, y)
+    assert (a[:, :changed] - b[:, :changed]).abs().max() <= BOUND * a.abs().max()
+    assert not torch.equal(a[:, changed:], b[:, changed:])
+
+
+@cases
+def test_rows_are_independent(lab, close, models, variant, implementation):
+    model, x = models(variant, implementation), lab.stream(3, 7)
+    close(lab.mix(model, x)[1:2], lab.mix(model, x[1:2]), BOUND)
+
+
+@cases
+@quick
+@given(chunks=st.lists(st.integers(1, 5), min_size=1, max_size=5), rollback=st.integers(0, 3), data=st.data())
+def test_cached_equals_full_for_any_split(
+    lab, close, models, variant, implementation, chunks, rollback, data
+):
+    """Prefill in one chunk or several, decoding token by token, and all between; any phase, any ring size."""
+    model, x = models(variant, implementation), lab.stream(2, sum(chunks))
+    phases = data.draw(st.lists(PHASE, min_size=len(chunks), max_size=len(chunks)))
+    with torch.no_grad():
+        full = lab.mix(model, x)
+        cache = model.layers[0].mixer.new_cache(2, sum(chunks), rollback)
+        pairs = zip(x.split(chunks, 1), phases, strict=True)
+        parts = [lab.mix(model, part, cache=cache, phase=phase) for part, phase in pairs]
+    close(torch.cat(parts, 1), full, BOUND)
+
+
+@cases
+@quick
+@given(data=st.data(), head=st.integers(1, 8), tail=st.integers(1, 4), room=st.integers(1, 4), phase=PHASE)
+def test_rolled_back_rows_go_on_as_if_never_fed(
+    lab, close, models, variant, implementation, data, head, tail, room, phase
+):
+    """Each row forgets its own number of tokens, then all go on from where they are."""
+    model = models(variant, implementation)
+    wrong = data.draw(st.integers(1, room), label="tokens fed")
+    counts = torch.tensor(
+        data.draw(st.lists(st.integers(0, wrong), min_size=3, max_size=3), label="forgotten")
+    )
+    x, y, z = lab.stream(3, head), lab.stream(3, wrong, seed=1), lab.stream(3, tail, seed=2)
+    with torch.no_grad():
+        cache = model.layers[0].mixer.new_cache(3, head + wrong + tail, room)
+        lab.mix(model, x, cache=cache)
+        lab.mix(model, y, cache=cache)
+        cache.rollback(counts)
+        found = [lab.mix(model, part, cache=cache, phase=phase) for part in z.split(1, 1)]
+        for row, count in enumerate(counts.tolist()):
+            kept = torch.cat([x[row], y[row, : wrong - count], z[row]])[None]
+            close(torch.cat(found, 1)[row], lab.mix(model, kept)[0, -tail:], BOUND)
+
+
+@cases
+def test_left_padding_changes_nothing_even_when_it_is_nan(lab, close, models, variant, implementation):
+    model, x = models(variant, implementation), lab.stream(2, 9)
+    x[0, :4], x[1, :1] = torch.nan, torch.nan
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    valid[0, :4], valid[1, :1] = False, False
+    y = lab.mix(model, x, valid=valid)
+    assert torch.isfinite(y).all()
+    for row, start in ((0, 4), (1, 1)):
+        close(y[row, start:], lab.mix(model, x[row : row + 1, start:])[0], BOUND)
+
+
+@cases
+def test_padding_reaches_no_gradient(lab, close, models, variant, implementation):
+    """NaN in padding, and a cotangent on its outputs, change no gradient but that of the output bias."""
+    model, x = models(variant, implementation), lab.stream(1, 6)
+    padded = torch.cat([torch.full((1, 3, lab.hidden), torch.nan, dtype=x.dtype), x], 1)
+    valid = torch.arange(9)[None] >= 3
+    cotangent = lab.stream(1, 9, seed=3)
+    wanted = lab.gradients(model, lambda x: lab.mix(model, x), x, cotangent[:, 3:])
+    found = lab.gradients(model, lambda x: lab.mix(model, x, valid=valid), padded, cotangent)
+    assert not found["input"][:, :3].any()
+    real = {"output": found["output"][:, 3:], "input": found["input"][:, 3:]}
+    ignored = "layers.0.mixer.o.bias"
+    found, wanted = ({k: g for k, g in each.items() if k != ignored} for each in ({**found, **real}, wanted))
+    close(found, wanted, BOUND)
+
+
+@cases
+def test_left_padded_prefill_then_decoding_equals_each_row_alone(lab, close, models, variant, implementation):
+    model, x = models(variant, implementation), lab.stream(2, 9)
+    starts = (4, 1)
+    valid = torch.arange(6)[None] >= torch.tensor(starts)[:, None]
+    positions = (torch.arange(9)[None] - torch.tensor(starts)[:, None]).clamp(min=0)
+    prompt = x[:, :6].masked_fill(~valid[..., None], torch.nan)
+    with torch.no_grad():
+        cache = model.layers[0].mixer.new_cache(2, 9, 1)
+        parts = [lab.mix(model, prompt, positions=positions[:, :6], valid=valid, cache=cache)]
+        parts += [
+            lab.mix(model, x[:, t : t + 1], positions=positions[:, t : t + 1], cache=cache) for t in (6, 7, 8)
+        ]
+        for row, start in enumerate(starts):
+            close(torch.cat(parts, 1)[row, start:], lab.mix(model, x[row : row + 1, start:])[0], BOUND)
+
+
+@cases
+@quick
+@given(lengths=st.lists(st.integers(1, 5), min_size=2, max_size=4))
+def test_packed_documents_do_not_see_each_other(lab, close, models, variant, implementation, lengths):
+    model, x = models(variant, implementation), lab.stream(1, sum(lengths))
+    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+    packed = lab.mix(model, x, documents=documents).split(lengths, 1)
+    for found, document in zip(packed, x.split(lengths, 1), strict=True):
+        close(found, lab.mix(model, document), BOUND)
+
+
+@cases
+def test_documents_stay_apart_through_a_cache(lab, close, models, variant, implementation):
+    model, x = models(variant, implementation), lab.stream(2, 10)
+    documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1, 2, 2]])
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 2, 3, 4, 5, 0, 1]])
+    with torch.no_grad():
+        cache = model.layers[0].mixer.new_cache(2, 10)
+        parts = []
+        for start, end in ((0, 3), (3, 7), (7, 8), (8, 9), (9, 10)):
+            part = {"positions": positions[:, start:end], "documents": documents[:, start:end]}
+            parts.append(lab.mix(model, x[:, start:end], cache=cache, **part))
+    close(torch.cat(parts, 1), lab.mix(model, x, documents=documents).detach(), BOUND)
+
+
+@cases
+def test_garbage_in_unwritten_slots_changes_nothing(lab, close, models, variant, implementation):
+    model, x = models(variant, implementation), lab.stream(2, 6)
+    valid = torch.tensor([[False, True, True], [True, True, True]])
+    positions = torch.tensor([[0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]])
+    found = []
+    with torch.no_grad():
+        for garbage in (0.0, 1e30):
+            cache = model.layers[0].mixer.new_cache(2, 12, 2)
+            for tensor in cache.tensors.values():
+                tensor.fill_(garbage)
+            parts = [lab.mix(model, x[:, :3], positions=positions[:, :3], valid=valid, cache=cache)]
+            parts += [
+                lab.mix(model, x[:, t : t + 1], positions=positions[:, t : t + 1], cache=cache)
+                for t in (3, 4)
+            ]
+            cache.rollback(torch.tensor([2, 0]))
+            cache.rollback(torch.tensor([0, 1]))
+            for tensor in cache.tensors.values():
+                tensor[cache.positions < 0] = garbage
+            positions_now = torch.tensor([[2], [4]])
+            parts.append(lab.mix(model, x[:, 5:], positions=positions_now, cache=cache))
+            found.append(torch.cat(parts, 1))
+    close(found[1], found[0], BOUND)
