@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 PHASED = ("mixer", "ffn", "router", "residual", "predictor")
 
 
+ALONE = "it is only for "
+
+
 class Chooser:
     """Chooses for one model, on a `device` type and with activations of a `dtype`."""
 
@@ -57,7 +60,9 @@ class Chooser:
                 refused.append((offered.name, reason))
                 continue
             for name, why in refused:
-                self._log(stated, site, phases, name, offered.name, why)
+                # One that is made for other phases was never a candidate for these.
+                if not why.startswith(ALONE):
+                    self._log(stated, site, phases, name, offered.name, why)
             return offered
         if wanted != "auto":
             raise _wrong(stated, site, wanted, f"can not serve {one_of(phases)} here: {refused[0][1]}")
@@ -69,7 +74,7 @@ class Chooser:
     ) -> str | None:
         for phase in phases:
             if phase not in offered.phases:
-                return f"it is for {one_of(offered.phases)} alone"
+                return f"{ALONE}{one_of(offered.phases)}"
             facts = Facts(config=config, site=site, phase=phase, device=self.device, dtype=self.dtype)
             reason = None if offered.needs is None else offered.needs(facts)
             if reason is not None:
