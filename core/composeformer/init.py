@@ -30,4 +30,7 @@ def initial(name: str, weight: Weight, seed: int, default_std: float) -> Tensor:
 def _normal(shape: tuple[int, ...], std: float, seed: int, name: str, group: int | None) -> Tensor:
     key = f"{seed}/{name}" if group is None else f"{seed}/{name}/{group}"
     number = int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
-    return torch.empty(shape).normal_(0.0, std, generator=torch.Generator().manual_seed(number))
+    # The default dtype is the process's; a seed must not depend on it.
+    return torch.empty(shape, dtype=torch.float32).normal_(
+        0.0, std, generator=torch.Generator().manual_seed(number)
+    )

@@ -85,3 +85,19 @@ def test_init_std_scales_what_it_should() -> None:
     two = build(Spec.load("tiny-llama").with_({"model.init_std": 0.04})).state_dict()
     for name, value in one.items():
         torch.testing.assert_close(two[name], value if value.ndim == 1 else 2 * value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_process_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    weight = Weight(name="w", shape=(40, 3))
+    one = initial("w", weight, 0, 0.02)
+    old = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        again = initial("w", weight, 0, 0.02)
+        model = build("tiny-llama")
+    finally:
+        torch.set_default_dtype(old)
+    assert again.dtype == torch.float32
+    assert torch.equal(one, again)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), build("tiny-llama").parameters()))

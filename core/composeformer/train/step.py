@@ -6,7 +6,7 @@ losses are sums too, and are divided by the same weight.
 """
 
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import inf, isfinite
 
 import attrs
 import torch
@@ -55,10 +55,13 @@ def train_step(
 
     `values` are scheduled fields of parts by dotted path, which their `after_step` reads. Gradients are left
     on the parameters until the next step. A step is skipped, and says so, where the loss or the gradients'
-    norm is not finite, or nothing had a label. Raises InputError without batches.
+    norm is not finite, or nothing had a label. Raises InputError without batches, or for a `clip_norm` that is no
+    finite number above 0.
     """
     if not batches:
         raise InputError("a training step needs at least one batch")
+    if clip_norm is not None and not 0 < clip_norm < inf:
+        raise InputError(f"clip_norm = {clip_norm}: must be a finite number > 0")
     batches = [batch.to(model.device) for batch in batches]
     weight = torch.stack([objective.weight(batch.seen()) for batch in batches]).sum()
     divisor = torch.where(weight > 0, weight, 1)

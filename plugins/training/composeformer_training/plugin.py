@@ -7,9 +7,24 @@ from composeformer.hookspecs import hookimpl
 from composeformer_training.config import AdamW, NextToken
 
 
+def reference_needs(facts: Facts) -> str | None:
+    """Adam divides by the root of a squared gradient plus eps; in half precision both are 0 long before."""
+    return (
+        "float16 holds neither squared gradients nor eps; train in bfloat16 or float32"
+        if _half(facts)
+        else None
+    )
+
+
 def fused_needs(facts: Facts) -> str | None:
     """Fused kernels round differently from the formula; they are taken when asked for by name."""
+    if _half(facts):
+        return reference_needs(facts)
     return None if facts.device == "cuda" else f"its kernels are for cuda, this model is on {facts.device}"
+
+
+def _half(facts: Facts) -> bool:
+    return facts.dtype == "float16"
 
 
 COMPONENTS = (
@@ -26,7 +41,7 @@ COMPONENTS = (
         "adamw",
         AdamW,
         (
-            Implementation("reference", "composeformer_training.adamw:make"),
+            Implementation("reference", "composeformer_training.adamw:make", needs=reference_needs),
             Implementation("fused", "composeformer_training.adamw:make_fused", needs=fused_needs),
         ),
         summary="Adam with decoupled weight decay, on matrices alone",

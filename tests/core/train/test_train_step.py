@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from composeformer.assemble import build
 from composeformer.decoder import Model
 from composeformer.errors import InputError
 from composeformer.train import TokenBatch, train_step, trainer
@@ -176,3 +177,14 @@ def test_a_step_without_batches_is_an_error(fresh: Fresh) -> None:
     objective, optimizer = trainer(model)
     with pytest.raises(InputError, match="at least one batch"):
         train_step(model, [], optimizer, objective, step=0)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_norm_that_can_not_clip_is_refused_before_anything_changes(clip_norm: float) -> None:
+    model = build("tiny-llama")
+    before = [p.detach().clone() for p in model.parameters()]
+    objective, optimizer = trainer(model)
+    batch = TokenBatch(torch.arange(8)[None])
+    with pytest.raises(InputError, match="clip_norm"):
+        train_step(model, [batch], optimizer, objective, step=0, clip_norm=clip_norm)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))

@@ -8,7 +8,7 @@ from torch import nn
 
 from composeformer.assemble import build
 from composeformer.decoder import Model
-from composeformer.errors import InputError, SpecError
+from composeformer.errors import ComposeError, InputError, SpecError
 from composeformer.generation import generate
 from composeformer.spec import Spec
 from composeformer.train import TokenBatch, train_step, trained, trainer
@@ -76,3 +76,9 @@ def test_tiny_llama_learns_a_text_by_heart() -> None:
 def test_an_unknown_kind_is_refused_with_what_is_allowed(slot: str) -> None:
     with pytest.raises(SpecError, match=r"adamw|next-token"):
         Spec.load("tiny-llama").with_({f"{slot}.kind": "nothing"})
+
+
+def test_half_precision_is_refused_where_adam_would_make_nan_of_it() -> None:
+    with pytest.raises(ComposeError, match="train in bfloat16 or float32"):
+        trainer(build("tiny-llama", dtype="float16"))
+    assert trainer(build("tiny-llama", dtype="bfloat16"))
