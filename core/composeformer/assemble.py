@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from composeformer import lazy
+from composeformer.blame import blame, described
 from composeformer.config import facts_of
 from composeformer.contracts import Linear, Part, Phase, Weight
 from composeformer.decoder import Layer, Model
-from composeformer.errors import InputError, join, one_of
+from composeformer.errors import InputError, PluginError, join, one_of
 from composeformer.filling import fill
 from composeformer.implementations import Chooser, serve
 from composeformer.init import initial
@@ -29,7 +30,7 @@ T = TypeVar("T")
 class TensorSite:
     """A site with tensors: what a part's module is constructed with, beside its config.
 
-    Each declared name is taken once, by the method of its sort; TypeError says what a module did wrong.
+    Each declared name is taken once, by the method of its sort; PluginError says what a module did wrong.
     """
 
     def __init__(self, node: Node, builder: "Builder") -> None:
@@ -58,19 +59,21 @@ class TensorSite:
         return x
 
     def check(self) -> None:
-        """Raises TypeError where the module left something declared untaken."""
+        """Raises PluginError where the module left something declared untaken."""
         declared = {*self._node.linears, *self._node.weights, *self._node.children}
         if missing := declared - self._taken:
-            raise TypeError(f"{self} declares {one_of(sorted(missing))} but takes none of that name")
+            raise PluginError(f"{self} declares {one_of(sorted(missing))} but takes none of that name")
 
     def __str__(self) -> str:
-        return f"{self._node.slot} {self._node.part.kind} at {self.path}"
+        return described(self.spec.registry, self._node.part, self.path)
 
     def _take(self, name: str, declared: Any, sort: str) -> Any:
         if name not in declared:
-            raise TypeError(f"{self} takes a {sort} {name!r} but declares none; declared: {one_of(declared)}")
+            raise PluginError(
+                f"{self} takes a {sort} {name!r} but declares none; declared: {one_of(declared)}"
+            )
         if name in self._taken:
-            raise TypeError(f"{self} takes its {sort} {name!r} twice")
+            raise PluginError(f"{self} takes its {sort} {name!r} twice")
         self._taken.add(name)
         return declared[name]
 
@@ -91,7 +94,7 @@ class Builder:
         self._positions: dict[tuple[object, ...], Any] = {}
 
     def model(self) -> Model:
-        """The model. Raises TypeError where a module is not what its config declares, or SpecError where no
+        """The model. Raises PluginError where a module fails or is not what its config declares, or SpecError where no
         implementation serves a part.
         """
         plan = self.spec.plan
@@ -151,9 +154,10 @@ class Builder:
         chosen = self.chooser.choose(node.stated, node.part.config, node.site)
         self.choices[node.path] = {phase: implementation.name for phase, implementation in chosen.items()}
         site = TensorSite(node, self)
-        classes = {phase: lazy.load(implementation.module) for phase, implementation in chosen.items()}
-        owner: nn.Module = classes["train"](node.part.config, site)
-        site.check()
+        with blame(self.spec.registry, node.part, node.path, "its module"):
+            classes = {phase: lazy.load(implementation.module) for phase, implementation in chosen.items()}
+            owner: nn.Module = classes["train"](node.part.config, site)
+            site.check()
         serve(owner, classes)
         return owner
 
@@ -225,7 +229,7 @@ def device_type(device: str) -> str:
 
 
 def agree(model: nn.Module, plan: Plan) -> None:
-    """Raises TypeError unless what was built is what was declared: names, shapes, parameters, aliases."""
+    """Raises PluginError unless what was built is what was declared: names, shapes, parameters, aliases."""
     built = model.state_dict(keep_vars=True)
     declared = {name: weight for node in plan.nodes() for name, weight in node.tensors()}
     _same("is built but not declared", built.keys() - declared.keys())
@@ -235,17 +239,17 @@ def agree(model: nn.Module, plan: Plan) -> None:
     for name, weight in declared.items():
         found = built[name]
         if tuple(found.shape) != weight.shape:
-            raise TypeError(f"{name}: built with shape {tuple(found.shape)}, declared with {weight.shape}")
+            raise PluginError(f"{name}: built with shape {tuple(found.shape)}, declared with {weight.shape}")
         if weight.same_as is None and isinstance(found, nn.Parameter) != weight.trains:
             told = f"declared with trains = {weight.trains}"
-            raise TypeError(f"{name}: built as {type(found).__name__}, {told}")
+            raise PluginError(f"{name}: built as {type(found).__name__}, {told}")
         if weight.same_as is not None and found is not built[weight.same_as]:
-            raise TypeError(f"{name}: built as a tensor of its own, declared the same as {weight.same_as}")
+            raise PluginError(f"{name}: built as a tensor of its own, declared the same as {weight.same_as}")
 
 
 def _same(what: str, names: set[str]) -> None:
     if names:
-        raise TypeError(f"{one_of(sorted(names))}: {what}")
+        raise PluginError(f"{one_of(sorted(names))}: {what}")
 
 
 __all__ = ["Builder", "Site", "TensorSite", "build", "fill", "skeleton"]

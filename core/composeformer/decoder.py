@@ -12,9 +12,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from composeformer.cache import MixerCache, ModelCache
+from composeformer.cache import MixerCache
 from composeformer.contracts import Phase
-from composeformer.errors import InputError
+from composeformer.counting import count_documents, count_positions
+from composeformer.inputs import check_counts, check_forward
+from composeformer.model_cache import ModelCache
 from composeformer.spec import Spec
 from composeformer.tensors import Batch, ModelOutput, Output, merge
 
@@ -65,6 +67,9 @@ class Model(nn.Module):
         self.activations = activations
         self.choices = choices
         self._tables = dict(tables)
+        self._mixers = [
+            f"layers.{index}.mixer" for index, layer in enumerate(layers) if layer.mixer is not None
+        ]
 
     @property
     def device(self) -> torch.device:
@@ -83,9 +88,14 @@ class Model(nn.Module):
     ) -> ModelOutput:
         """Logits (B, T, V) and side results; with `last_only` the logits of the last position alone.
 
-        `valid` is False at padding; `documents` numbers packed documents, which do not see each other and
-        whose positions start anew. With a `cache` the tokens follow those it holds. Raises InputError where
-        a sequence is longer than the cache or the model allows.
+        `valid` is False at padding, which may stand anywhere. `documents` are ids of packed documents, which
+        do not see each other and whose positions start anew; an id that comes back after another is a new
+        document. `positions` given replace those that are counted, and change nothing else: a query sees its
+        document up to itself, in the order of the tokens. With a `cache` the tokens follow those it holds,
+        and its last document goes on while its id does; documents are given in all of its calls or in none.
+
+        Raises InputError for arguments of a wrong sort, a cache made for another model or number of rows,
+        and a row that is longer than the cache or the model allows; on the CPU for values out of range too.
         """
         batch = self.batch(ids, positions, documents, valid, cache, phase)
         stream = self.residual.open(self.embedding(ids).to(self.activations))
@@ -95,7 +105,7 @@ class Model(nn.Module):
             stream, side = layer(stream, batch, held)
             aux.append(side)
         if cache is not None:
-            cache.advance(batch)
+            cache.advance(ids, documents, valid)
         hidden = self.residual.close(stream)
         if last_only:
             hidden = hidden[:, -1:]
@@ -110,14 +120,20 @@ class Model(nn.Module):
         cache: ModelCache | None = None,
         phase: Phase | None = None,
     ) -> Batch:
-        """The tokens as parts see them: positions counted where they are not given, rotary tables made."""
-        if ids.ndim != 2 or ids.dtype != torch.int64:
-            raise InputError(f"token ids must be int64 of shape (B, T), got {ids.dtype} {tuple(ids.shape)}")
-        limit = self.spec.model.max_position_embeddings
-        if ids.shape[1] > limit:
-            raise InputError(f"{ids.shape[1]} tokens exceed max_position_embeddings ({limit})")
-        if positions is None:
-            positions = count_positions(ids, documents, valid)
+        """The tokens as parts see them: positions counted where they are not given, documents numbered in
+        order, rotary tables made.
+        """
+        sizes = self.spec.model
+        limit = sizes.max_position_embeddings
+        check_forward(ids, positions, documents, valid, phase, sizes.vocab_size, limit)
+        if cache is not None:
+            cache.check(self._mixers, ids, documents, valid, limit)
+        if documents is not None:
+            counted = count_documents(documents, valid) if cache is None else cache.count(documents, valid)
+            documents = counted.number
+            positions = (counted.tokens - 1).clamp(min=0) if positions is None else positions
+        elif positions is None:
+            positions = count_positions(ids, None, valid)
             if cache is not None:
                 positions = positions + cache.lengths[:, None]
         if phase is None:
@@ -126,28 +142,14 @@ class Model(nn.Module):
         return Batch(ids, positions, documents, valid, tables, phase)
 
     def new_cache(self, batch_size: int, max_length: int, max_rollback: int = 0) -> ModelCache:
-        """Empty caches for `batch_size` rows of at most `max_length` tokens, padding included."""
-        if batch_size < 1 or max_length < 1:
-            raise InputError(f"a cache needs rows and tokens, got {batch_size} and {max_length}")
+        """Empty caches for `batch_size` rows of at most `max_length` tokens, padding included, of which a row
+        can forget the last `max_rollback`. Raises InputError for what is no such count.
+        """
+        found = {"batch_size": batch_size, "max_length": max_length, "max_rollback": max_rollback}
+        check_counts({"batch_size": 1, "max_length": 1, "max_rollback": 0}, found)
         caches: dict[str, MixerCache] = {}
         for index, layer in enumerate(self.layers):
             mixer: Any = layer.mixer
             if mixer is not None:
                 caches[f"layers.{index}.mixer"] = mixer.new_cache(batch_size, max_length, max_rollback)
-        return ModelCache(caches, batch_size, max_length, self.device)
-
-
-def count_positions(ids: Tensor, documents: Tensor | None, valid: Tensor | None) -> Int[Tensor, "B T"]:
-    """Positions from 0 within each document, real tokens only; padding repeats its predecessor's."""
-    rows, tokens = ids.shape
-    if valid is None:
-        count = torch.arange(1, tokens + 1, device=ids.device).expand(rows, tokens)
-    else:
-        count = valid.cumsum(1)
-    if documents is not None:
-        # The count just before each document's first token, carried along the document.
-        first = torch.ones_like(documents, dtype=torch.bool)
-        first[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        own = torch.ones_like(count) if valid is None else valid.long()
-        count = count - torch.where(first, count - own, 0).cummax(1).values
-    return (count - 1).clamp(min=0)
+        return ModelCache(caches, batch_size, max_length, self.device, max_rollback)

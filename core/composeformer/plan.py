@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from composeformer.blame import blame, described
 from composeformer.contracts import Child, Linear, Part, Weight
-from composeformer.errors import ComposeError, Problem, join
+from composeformer.errors import ComposeError, PluginError, Problem, join
 from composeformer.site import Site
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class Planner:
     ) -> Node | None:
         """The part at `path`, or None where it, or a part below it, is impossible there.
 
-        Raises TypeError for a config that declares wrongly, ComposeError for a model of too many parts.
+        Raises PluginError for a config that fails or declares wrongly, ComposeError for a model of too many parts.
         """
         site = Site(path=path, slot=part.slot, layer=layer, width=width, spec=self.spec, sublayers=sublayers)
         return self._node(part, site)
@@ -118,7 +119,9 @@ class Planner:
         self._count += 1
         if self._count > MAX_NODES:
             raise ComposeError(f"{site.path}: the model has more than {MAX_NODES} parts")
-        wrong = list(part.config.validate(site))
+        registry = self.spec.registry
+        with blame(registry, part, site.path, "validate"):
+            wrong = list(part.config.validate(site))
         for problem in wrong:
             # A component named once is used at many sites; one finding is told once.
             key = (part.paths, problem.field, str(problem.found), problem.allowed)
@@ -131,13 +134,18 @@ class Planner:
         weights: dict[str, Weight] = {}
         children: dict[str, Node] = {}
         complete = True
-        filled = attrs.evolve(part, config=part.config.filled(site))
-        for declared in filled.config.tensors(site):
+        with blame(registry, part, site.path, "filled"):
+            filled = attrs.evolve(part, config=part.config.filled(site))
+        with blame(registry, part, site.path, "tensors"):
+            declarations = list(filled.config.tensors(site))
+        for declared in declarations:
             if not isinstance(declared, Linear | Weight | Child):
                 sort = type(declared).__name__
-                raise TypeError(f"{part.slot} {part.kind} declares a {sort} at {site.path}")
+                raise PluginError(f"{described(registry, part, site.path)}: tensors declares a {sort}")
             if declared.name in linears or declared.name in weights or declared.name in children:
-                raise TypeError(f"{part.slot} {part.kind} declares {declared.name} twice at {site.path}")
+                raise PluginError(
+                    f"{described(registry, part, site.path)}: tensors declares {declared.name} twice"
+                )
             if isinstance(declared, Linear):
                 linears[declared.name] = declared
             elif isinstance(declared, Weight):

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from threading import RLock
@@ -125,9 +125,10 @@ def _load(candidate: Candidate, blocked_for: str | None) -> PluginInfo:
 
 @contextmanager
 def _during(what: str) -> Iterator[None]:
-    """Turns whatever a plugin raises into one line; only an interrupt is the user's."""
+    """Turns whatever a plugin raises into one line; only an interrupt is the user's. What it prints is no output."""
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     except (KeyboardInterrupt, _Refused):
         raise
     except BaseException as error:

@@ -155,6 +155,10 @@ class Registry:
         except KeyError:
             raise KeyError(f"{component.slot} {component.kind!r} is not of this registry") from None
 
+    def find_owner(self, component: Component) -> PluginInfo | None:
+        """The same, or None for a component of another registry."""
+        return self._owners.get(id(component))
+
     def __iter__(self) -> Iterator[Component]:
         for (slot, kind), entries in self._entries.items():
             if (slot, kind) not in self._contests:

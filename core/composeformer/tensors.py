@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from composeformer.contracts import Phase
+from composeformer.counting import orders
 
 
 class Rotary(NamedTuple):
@@ -24,8 +25,10 @@ class Rotary(NamedTuple):
 class Batch(NamedTuple):
     """One forward's tokens. `documents` and `valid` are None where all tokens are one document, none is padding.
 
-    `positions` count from 0 within each document; padding has any position. `tables` are the rotary
-    tables by key, made once per forward by the decoder and never cast.
+    `documents` number a row's documents in their order, no number twice. `positions` are what rotates, and
+    count from 0 within each document unless they were given; they do not say what a query sees: the order of
+    the real tokens and their documents do (`own_keys`, a cache). Padding has any position and document.
+    `tables` are the rotary tables by key, made once per forward by the decoder and never cast.
     """
 
     ids: Int[Tensor, "B T"]
@@ -80,23 +83,37 @@ def merge(parts: Sequence[Aux]) -> Aux:
 
 
 def visible(
-    query_positions: Int[Tensor, "B T"],
-    key_positions: Int[Tensor, "B S"],
+    queries: Int[Tensor, "_ T"],
+    keys: Int[Tensor, "_ S"],
     query_documents: Int[Tensor, "B T"] | None,
     key_documents: Int[Tensor, "B S"] | None,
     window: int | None = None,
-) -> Bool[Tensor, "B T S"]:
-    """Which keys each query may see: its own document, not later, not `window` or more positions back.
+    holes: bool = True,
+) -> Bool[Tensor, "_ T S"]:
+    """Which keys each query may see: its own document, not later, not `window` or more tokens back.
 
-    A key at a negative position (padding, an unwritten slot) is seen by none.
+    `queries` and `keys` are places in the row, counted in real tokens; a key at a negative one (padding, an
+    unwritten slot) is seen by none. Without `holes` there is no such key.
     """
-    query, key = query_positions[:, :, None], key_positions[:, None, :]
-    seen = (key <= query) & (key >= 0)
+    query, key = queries[:, :, None], keys[:, None, :]
+    seen = key <= query
+    if holes:
+        seen = seen & (key >= 0)
     if window is not None:
-        seen &= query - key < window
+        seen = seen & (query - key < window)
     if query_documents is not None and key_documents is not None:
-        seen &= query_documents[:, :, None] == key_documents[:, None, :]
+        seen = seen & (query_documents[:, :, None] == key_documents[:, None, :])
     return seen
+
+
+def own_keys(batch: Batch, window: int | None = None) -> Bool[Tensor, "_ T T"] | None:
+    """What each query sees of the batch's own tokens; None: itself and all before it."""
+    tokens = batch.ids.shape[1]
+    if batch.documents is None and batch.valid is None and (window is None or tokens <= window):
+        return None
+    queries = orders(batch.valid, tokens, batch.ids.device)
+    keys = queries if batch.valid is None else queries.masked_fill(~batch.valid, -1)
+    return visible(queries, keys, batch.documents, batch.documents, window)
 
 
 DTYPES: dict[str, torch.dtype] = {

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from composeformer import lazy
 from composeformer.assemble import TensorSite, build, fill, skeleton
-from composeformer.cache import ModelCache
 from composeformer.config import Config, config, field
 from composeformer.contracts import Component, Facts, Implementation, Linear, Weight
-from composeformer.errors import ComposeError, InputError, SpecError
+from composeformer.errors import ComposeError, InputError, PluginError, SpecError
+from composeformer.model_cache import ModelCache
 from composeformer.plugins import current
 from composeformer.registry import PluginInfo, Registry
 from composeformer.spec import Spec
@@ -288,7 +288,7 @@ def spec_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Spec]:
     ],
 )
 def test_a_module_that_breaks_its_word_is_named(spec_with: Any, cls: type[nn.Module], told: str) -> None:
-    with pytest.raises(TypeError, match=told):
+    with pytest.raises(PluginError, match=told):
         skeleton(spec_with({"reference": cls}))
 
 

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from composeformer.cache import ModelCache, TokenCache
+from composeformer.cache import TokenCache
 from composeformer.errors import InputError
-from composeformer.tensors import Batch, visible
+from composeformer.model_cache import ModelCache
+from composeformer.tensors import Batch
 
 CPU = torch.device("cpu")
 
@@ -16,17 +17,21 @@ def make(rows=1, length=8, **options):
     return TokenCache({"k": (2,), "v": ()}, rows, length, device=CPU, dtype=torch.float32, **options)
 
 
-def feed(cache, positions, serials, documents=None, valid=None):
+def feed(cache, serials, documents=None, valid=None):
     """Appends tokens whose payload is their serial number; returns what came back."""
-    batch = Batch(torch.zeros_like(positions), positions, documents, valid)
+    batch = Batch(torch.zeros_like(serials), torch.zeros_like(serials), documents, valid)
     return cache.append(batch, k=serials[..., None].float().expand(*serials.shape, 2), v=serials.float())
 
 
-def seen_by(cached, query, row, document, window):
-    """Serial numbers that a query of one row may see, in order."""
-    documents = None if document is None else torch.tensor([[document]])
-    held = None if document is None else cached.documents[row : row + 1]
-    mask = visible(torch.tensor([[query]]), cached.positions[row : row + 1], documents, held, window)[0, 0]
+def numbered(rows, tokens):
+    return torch.arange(rows * tokens).view(rows, tokens)
+
+
+def seen_by(cached, query, row=0):
+    """Serial numbers that the new token at place `query` of a row may see, in order."""
+    tokens = cached.tensors["v"].shape[1]
+    seen = torch.ones(tokens, tokens).tril()[None].bool() if cached.seen is None else cached.seen
+    mask = seen.expand(len(cached.tensors["v"]), -1, -1)[row, query]
     keys, values = cached.tensors["k"][row, mask], cached.tensors["v"][row, mask]
     assert torch.equal(keys[:, 0], values)
     assert torch.equal(keys[:, 1], values)
@@ -35,7 +40,8 @@ def seen_by(cached, query, row, document, window):
 
 actions = st.lists(
     st.one_of(
-        st.tuples(st.just("append"), st.integers(1, 6)),
+        st.tuples(st.just("append"), st.lists(st.lists(st.booleans(), min_size=4, max_size=4), max_size=6)),
+        st.tuples(st.just("append"), st.lists(st.just([True] * 4), max_size=6)),
         st.tuples(st.just("rollback"), st.lists(st.integers(0, 3), min_size=4, max_size=4)),
         st.tuples(st.just("reorder"), st.lists(st.integers(0, 3), min_size=1, max_size=4)),
     ),
@@ -43,27 +49,31 @@ actions = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(actions, st.none() | st.integers(1, 5), st.integers(0, 3), st.integers(6, 30))
 def test_queries_see_exactly_what_a_list_of_tokens_holds(actions, window, room, length):
-    """Windows, rings of any size, rows of unequal lengths: each query sees its window of its own row."""
+    """Windows, rings of any size, padding anywhere, rows of unequal lengths: each query sees its window of its
+    own row.
+    """
     cache = make(2, length, window=window, max_rollback=room)
-    rows, serial, longest = [[], []], 0, [0, 0]
+    rows, serial, longest, fed = [[], []], 0, [0, 0], 0
     for action, argument in actions:
         if action == "append":
-            tokens = min(argument, length - max(len(row) for row in rows))
+            tokens = min(len(argument), length - fed)
             if not tokens:
                 continue
-            serials = serial + torch.arange(len(rows) * tokens).view(len(rows), tokens)
+            fed += tokens
+            valid = torch.tensor(argument[:tokens]).repeat(1, len(rows)).T[: len(rows)]
+            serials = serial + numbered(len(rows), tokens)
             serial += serials.numel()
-            positions = torch.tensor([[len(row)] for row in rows]) + torch.arange(tokens)
-            cached = feed(cache, positions, serials)
+            cached = feed(cache, serials, valid=None if valid.all() else valid)
             for index, row in enumerate(rows):
-                row.extend(serials[index].tolist())
+                for place in range(tokens):
+                    if valid[index, place]:
+                        row.append(int(serials[index, place]))
+                        first = 0 if window is None else max(0, len(row) - window)
+                        assert seen_by(cached, place, index) == row[first:]
                 longest[index] = max(longest[index], len(row))
-                for query in positions[index].tolist():
-                    first = 0 if window is None else max(0, query - window + 1)
-                    assert seen_by(cached, query, index, None, window) == row[first : query + 1]
         elif action == "rollback":
             # As many as asked for, but no deeper than the row and max_rollback allow.
             floors = [max(0, most - room) for most in longest]
@@ -76,12 +86,14 @@ def test_queries_see_exactly_what_a_list_of_tokens_holds(actions, window, room, 
             cache.rollback(torch.tensor(counts))
             for row, count in zip(rows, counts, strict=True):
                 del row[len(row) - count :]
+            fed = max(len(row) for row in rows)
         else:
             index = [i % len(rows) for i in argument]
             cache.reorder(torch.tensor(index))
             rows, longest = [list(rows[i]) for i in index], [longest[i] for i in index]
+            fed = max(len(row) for row in rows)
         assert cache.lengths.tolist() == [len(row) for row in rows]
-        assert cache.bound == max(len(row) for row in rows)
+        assert cache.bound == fed
 
 
 def test_a_window_keeps_only_its_slots_and_those_to_roll_back():
@@ -97,50 +109,54 @@ def test_bytes_are_those_of_the_payload():
 
 def test_a_full_cache_says_so_and_stays_as_it_was():
     cache = make(1, 4)
-    feed(cache, torch.arange(3)[None], torch.arange(3)[None])
+    feed(cache, torch.arange(3)[None])
     with pytest.raises(InputError, match="3 \\+ 2 tokens exceed max_length 4"):
-        feed(cache, torch.tensor([[3, 4]]), torch.tensor([[3, 4]]))
-    cached = feed(cache, torch.tensor([[3]]), torch.tensor([[3]]))
-    assert seen_by(cached, 3, 0, None, None) == [0, 1, 2, 3]
+        feed(cache, torch.tensor([[3, 4]]))
+    assert seen_by(feed(cache, torch.tensor([[3]])), 0) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("counts", [[3, 0], [-1, 0], [0, 1], [0, 2]])
 def test_an_impossible_rollback_is_refused_and_changes_nothing(counts):
     """More than max_rollback; fewer than none; more in two steps; more than a row has."""
     cache = make(2, 8, max_rollback=2)
-    feed(cache, torch.arange(3).expand(2, 3), torch.arange(6).view(2, 3))
+    feed(cache, numbered(2, 3))
     cache.rollback(torch.tensor([0, 2]))
     with pytest.raises(InputError, match="cannot roll back"):
         cache.rollback(torch.tensor(counts))
     assert cache.lengths.tolist() == [3, 1]
 
 
-def test_forgotten_slots_stand_at_no_position():
-    cache = make(2, 8, max_rollback=3)
-    feed(cache, torch.arange(5).expand(2, 5), torch.arange(10).view(2, 5))
-    cache.rollback(torch.tensor([3, 1]))
-    assert cache.positions[:, :5].tolist() == [[0, 1, -1, -1, -1], [0, 1, 2, 3, -1]]
+def test_slots_tell_their_tokens():
+    cache, ring = make(2, 8, max_rollback=3), make(2, 9, window=2, max_rollback=3)
+    for each in (cache, ring):
+        feed(each, numbered(2, 4))
+        feed(each, numbered(2, 3), valid=torch.tensor([[True, False, True], [False, False, False]]))
+        each.rollback(torch.tensor([3, 1]))
+    assert cache.lengths.tolist() == [3, 3]
+    assert cache.orders.tolist() == [list(range(8))] * 2
+    assert ring.orders.tolist() == [[0, 1, 2, -2, -1]] * 2
 
 
-def test_padding_is_seen_by_none():
-    cache = make(2, 8)
-    valid = torch.tensor([[False, False, True], [True, True, True]])
-    cached = feed(cache, torch.tensor([[0, 0, 0], [0, 1, 2]]), torch.arange(6).view(2, 3), valid=valid)
-    assert seen_by(cached, 5, 0, None, None) == [2]
-    assert seen_by(cached, 5, 1, None, None) == [3, 4, 5]
+def test_padding_is_seen_by_none_and_takes_nothing_out_of_a_window():
+    cache = make(2, 20, window=3)
+    feed(cache, numbered(2, 3))
+    for _ in range(4):
+        padding = torch.tensor([[False], [True]])
+        cached = feed(cache, torch.tensor([[90], [91]]), valid=padding)
+    assert seen_by(cached, 0, 1) == [91, 91, 91]
+    assert seen_by(feed(cache, torch.tensor([[7], [8]])), 0, 0) == [1, 2, 7]
 
 
 def test_a_query_sees_its_own_document_alone():
     cache = make(1, 8)
-    documents = torch.tensor([[7, 7, 9, 9]])
-    feed(cache, torch.tensor([[0, 1, 0, 1]]), torch.arange(4)[None], documents)
-    cached = feed(cache, torch.tensor([[2]]), torch.tensor([[4]]), torch.tensor([[9]]))
-    assert seen_by(cached, 2, 0, 9, None) == [2, 3, 4]
+    feed(cache, torch.arange(4)[None], torch.tensor([[7, 7, 9, 9]]))
+    assert seen_by(feed(cache, torch.tensor([[4]]), torch.tensor([[9]])), 0) == [2, 3, 4]
 
 
 def test_reads_are_no_longer_than_the_longest_row():
     cache = make(1, 1000)
-    assert feed(cache, torch.arange(3)[None], torch.arange(3)[None]).tensors["k"].shape[1] == 3
+    feed(cache, torch.arange(3)[None])
+    assert feed(cache, torch.arange(2)[None]).tensors["k"].shape[1] == 5
 
 
 def test_slots_are_finite_before_they_are_written():
@@ -154,11 +170,10 @@ def test_a_model_cache_moves_all_layers_together():
         "layers.0.mixer": make(2, 8, max_rollback=2),
         "layers.1.mixer": make(2, 8, window=2, max_rollback=2),
     }
-    cache = ModelCache(layers, 2, 8, CPU)
-    positions = torch.arange(4).expand(2, 4)
+    cache = ModelCache(layers, 2, 8, CPU, 2)
     for layer in layers.values():
-        feed(layer, positions, torch.arange(8).view(2, 4))
-    cache.advance(Batch(positions, positions))
+        feed(layer, numbered(2, 4))
+    cache.advance(numbered(2, 4))
     cache.rollback(torch.tensor([2, 0]))
     cache.reorder(torch.tensor([1, 0, 0]))
     assert cache.lengths.tolist() == [4, 2, 2]
@@ -169,8 +184,41 @@ def test_a_model_cache_moves_all_layers_together():
 
 
 def test_a_model_cache_counts_real_tokens_only():
-    cache = ModelCache({}, 2, 8, CPU)
-    ids = torch.zeros(2, 3, dtype=torch.int64)
-    cache.advance(Batch(ids, ids, valid=torch.tensor([[False, True, True], [True, True, True]])))
-    cache.advance(Batch(ids, ids))
+    cache, ids = ModelCache({}, 2, 8, CPU), numbered(2, 3)
+    cache.advance(ids, valid=torch.tensor([[False, True, True], [True, True, True]]))
+    cache.advance(ids)
     assert cache.lengths.tolist() == [5, 6]
+
+
+def test_a_refused_rollback_changes_no_layer():
+    layer = make(2, 8, max_rollback=3)
+    cache = ModelCache({"layers.0.mixer": layer}, 2, 8, CPU, 1)
+    feed(layer, numbered(2, 4))
+    cache.advance(numbered(2, 4))
+    with pytest.raises(InputError, match="max_rollback is 1"):
+        cache.rollback(torch.tensor([2, 0]))
+    assert layer.lengths.tolist() == cache.lengths.tolist() == [4, 4]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.data())
+def test_documents_are_counted_as_if_fed_at_once(data):
+    """Split anywhere and rolled back anywhere: numbers and counts are those of the tokens that are left."""
+    room, valid = data.draw(st.integers(0, 4)), None
+    cache, held, longest = ModelCache({}, 1, 99, CPU, room), [], 0
+    for _ in range(data.draw(st.integers(1, 6))):
+        new = data.draw(st.lists(st.tuples(st.integers(-1, 1), st.booleans()), min_size=1, max_size=5))
+        documents = torch.tensor([[document for document, _ in new]])
+        valid = torch.tensor([[real for _, real in new]])
+        counted = cache.count(documents, valid)
+        cache.advance(documents, documents, valid)
+        for place, (document, real) in enumerate(new):
+            if real:
+                same = bool(held) and held[-1][0] == document
+                number = held[-1][1] + (not same) if held else 0
+                held.append((document, number, held[-1][2] + 1 if same else 1))
+                assert tuple(int(each[0, place]) for each in counted) == held[-1]
+        longest = max(longest, len(held))
+        count = data.draw(st.integers(0, min(len(held), room - (longest - len(held)))))
+        cache.rollback(torch.tensor([count]))
+        held = held[: len(held) - count]

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from composeformer.assemble import build
 from composeformer.contracts import Cache
 from composeformer.costs import cost
-from composeformer.errors import InputError
+from composeformer.errors import InputError, PluginError
 from composeformer.spec import Spec
 from composeformer.testing.specs import specs
 
@@ -145,3 +145,18 @@ def test_the_document_is_that_of_the_command() -> None:
     document = cost("smollm2-135m").to_dict()
     assert list(document)[:3] == ["name", "fingerprint", "parameters"]
     assert document["unverified"] == []
+
+
+def test_windows_hold_no_more_than_their_width_at_a_context() -> None:
+    per_token = 3 * 2 * 2 * 16 * 2  # layers, keys and values, heads, width, bytes
+    full = cost("tiny-llama", context=512)
+    assert (full.cache_bytes_per_token, full.cache_bytes_at_context) == (per_token, 512 * per_token)
+    narrow = cost(Spec.load("tiny-llama", ["mixer.attention.window=64"]), context=512)
+    assert (narrow.cache_bytes_per_token, narrow.cache_bytes_at_context) == (per_token, 64 * per_token)
+
+
+def test_a_cost_that_is_none_is_told_with_its_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = Spec.load("tiny-llama")
+    monkeypatch.setattr(type(spec.layers[0].ffn.config), "cost", lambda *_: [5])  # type: ignore[union-attr]
+    with pytest.raises(PluginError, match=r"plugin dense .*: ffn swiglu at layers.0.ffn: cost yields a int"):
+        cost(spec)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 
 from composeformer.config import Config, config
 from composeformer.contracts import Component, Implementation, Linear, Weight
-from composeformer.errors import SpecError
+from composeformer.errors import PluginError, SpecError
 from composeformer.plugins import current
 from composeformer.registry import PluginInfo, Registry
 from composeformer.spec import Spec
@@ -93,10 +93,14 @@ class Strange(Config):
 
 
 @pytest.mark.parametrize(
-    ("cls", "told"), [(Twice, "ffn odd declares a twice"), (Strange, "ffn odd declares a str")]
+    ("cls", "told"),
+    [
+        (Twice, "ffn odd at layers.0.ffn: tensors declares a twice"),
+        (Strange, "ffn odd at layers.0.ffn: tensors declares a str"),
+    ],
 )
 def test_a_config_that_declares_wrongly_is_named(cls: type[Config], told: str) -> None:
-    with pytest.raises(TypeError, match=f"{told} at layers.0.ffn"):
+    with pytest.raises(PluginError, match=told):
         with_odd(odd(config=cls))
 
 
@@ -134,3 +138,27 @@ def test_the_description_plane_never_imports_torch(arguments: list[str]) -> None
     heavy = done.stdout.rpartition("HEAVY ")[2].strip()
     light = arguments[0] in ("--help", "check", "schema", "doctor", "--version") or "--json" in arguments
     assert heavy in (["[]"] if light else ["[]", "['rich']"])
+
+
+@config
+class Fails(Config):
+    def tensors(self, site: Any) -> Any:
+        return {}["k"]
+
+
+@config
+class FailsToValidate(Config):
+    def validate(self, site: Any) -> Any:
+        raise RuntimeError("two\nlines")
+
+
+@pytest.mark.parametrize(
+    ("cls", "told"),
+    [
+        (Fails, "ffn odd at layers.0.ffn: tensors: KeyError: 'k'"),
+        (FailsToValidate, "ffn odd at layers.0.ffn: validate: RuntimeError: two lines"),
+    ],
+)
+def test_what_a_parts_own_code_raises_is_told_with_its_place(cls: type[Config], told: str) -> None:
+    with pytest.raises(PluginError, match=told):
+        with_odd(odd(config=cls))

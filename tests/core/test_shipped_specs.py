@@ -88,7 +88,7 @@ def test_scaled_down_it_trains_three_steps(name: str) -> None:
     batch = TokenBatch(torch.randint(128, (2, 33), generator=torch.Generator().manual_seed(0)))
     losses = []
     for step in range(3):
-        result = train_step(model, [batch], optimizer, objective, step=step, clip_norm=1.0)
+        result = train_step(model, [batch], objective, optimizer, step=step, clip_norm=1.0)
         assert result.skipped is None
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
         losses.append(result.loss)

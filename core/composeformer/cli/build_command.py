@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from composeformer.cli.options import (
+    SPEC,
     SPEC_HELP,
     console,
     device_options,
@@ -19,7 +20,7 @@ from composeformer.cli.options import (
 
 
 @click.command("build", help=f"Assemble a model with initial values. {SPEC_HELP}")
-@click.argument("spec")
+@click.argument("spec", type=SPEC)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write a model folder here.")
 @set_option
 @device_options

@@ -11,7 +11,7 @@ import click
 def command(shell: str) -> None:
     from click.shell_completion import get_completion_class
 
-    from composeformer.cli import compose
+    from composeformer.cli.group import compose
 
     complete = get_completion_class(shell)
     assert complete is not None

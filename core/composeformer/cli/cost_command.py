@@ -4,11 +4,11 @@ from typing import Any
 
 import click
 
-from composeformer.cli.options import SPEC_HELP, big, console, json_option, print_json, set_option
+from composeformer.cli.options import SPEC, SPEC_HELP, big, console, json_option, print_json, set_option
 
 
 @click.command("cost", help=f"Parameters, cache and floating-point operations. {SPEC_HELP}")
-@click.argument("spec")
+@click.argument("spec", type=SPEC)
 @set_option
 @click.option(
     "--context",
@@ -47,6 +47,8 @@ def cost_table(counts: Any) -> Any:
     table.add_row("", f"{active.without_input_embedding:,}", "without the input embedding")
     table.add_row("", f"{active.without_embeddings:,}", "without embeddings")
     table.add_row("cache per token", f"{counts.cache_bytes_per_token:,} B", "at two bytes an element")
+    at = f"one sequence of {counts.flops_per_token.context:,} tokens; windows hold their width"
+    table.add_row("", f"{counts.cache_bytes_at_context:,} B", at)
     flops = counts.flops_per_token
     table.add_row(
         "FLOPs per token", big(flops.forward), f"forward, {flops.convention}, context {flops.context:,}"

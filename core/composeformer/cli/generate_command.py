@@ -69,7 +69,7 @@ def command(
     tokenizer = tokenizer_of(model)
     if tokenizer is None:
         raise InputError(f"{folder}: has no tokenizer.json, so it takes token ids only (from Python)")
-    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
+    texts = [_standard_input() if prompt == "-" else prompt for prompt in prompts]
     given: Any = texts or [
         tokenizer.encode(text, add_special=False) for text in _chats(tokenizer, messages, system)
     ]
@@ -95,6 +95,15 @@ def command(
     else:
         for index, row in enumerate(generate(model, given, **options)):
             click.echo(f"[{index}] {row.text}")
+
+
+def _standard_input() -> str:
+    if sys.stdin is None:
+        raise InputError("--prompt -: standard input is closed")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompt -: standard input is not {error.encoding} text") from None
 
 
 def _stream(model: Any, given: Any, options: dict[str, Any]) -> None:

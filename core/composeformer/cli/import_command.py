@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from composeformer.cli.options import json_option, print_json, progress
+from composeformer.cli.streams import visible
 
 
 @click.command("import", help="SOURCE, a Hugging Face folder or a GGUF file, becomes a model folder.")
@@ -30,4 +31,6 @@ def command(source: Path, output: Path, force: bool, as_json: bool) -> None:
             {"folder": str(output), "name": spec.name, "fingerprint": spec.fingerprint, "parameters": total}
         )
     else:
-        click.echo(f"{output}: {spec.name}, {total:,} parameters, fingerprint {spec.fingerprint[:12]}")
+        click.echo(
+            visible(f"{output}: {spec.name}, {total:,} parameters, fingerprint {spec.fingerprint[:12]}")
+        )

@@ -3,10 +3,15 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+from composeformer.cli.streams import silence, visible
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -24,10 +29,45 @@ def set_option(function: F) -> F:
     )(function)
 
 
+class SpecName(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
+    """A shipped spec's name, a file or a model folder; it only knows how to complete itself."""
+
+    name = "spec"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> "list[CompletionItem]":
+        from click.shell_completion import CompletionItem
+
+        from composeformer.spec.inherit import shipped
+
+        names = [CompletionItem(name) for name in shipped() if name.startswith(incomplete)]
+        return [*names, CompletionItem(incomplete, type="file")]
+
+
+SPEC = SpecName()
+
+
 def json_option(function: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")(
-        function
-    )
+    return click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        is_eager=True,
+        callback=_only_json,
+        help="Print exactly one JSON document on stdout.",
+    )(function)
+
+
+_STDOUT = "composeformer.stdout"
+
+
+def _only_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
+    """From here on only `print_json` reaches stdout; what a plugin prints goes to stderr."""
+    if value and not ctx.resilient_parsing:
+        ctx.meta[_STDOUT] = sys.stdout
+        ctx.with_resource(redirect_stdout(sys.stderr))
+    return value
 
 
 def device_options(function: F) -> F:
@@ -45,16 +85,36 @@ def device_options(function: F) -> F:
 
 def print_json(document: object) -> None:
     """One JSON document and a newline."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    context = click.get_current_context(silent=True)
+    stream: TextIO = (context.meta if context else {}).get(_STDOUT) or sys.stdout
+    unicode = (stream.encoding or "").lower().startswith("utf")
+    text = json.dumps(document, indent=2, ensure_ascii=not unicode, allow_nan=False)
+    # JSON itself lets these stand, and terminals obey them.
+    text = text.translate({code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)})
+    try:
+        stream.write(text + "\n")
+    except BrokenPipeError:
+        # Nothing is left to do but to end with the status that was found.
+        silence(stream)
 
 
 def console(stderr: bool = False) -> Any:
     """A rich console; rich is imported here and nowhere earlier."""
     from rich.console import Console
 
-    screen = Console(stderr=stderr, highlight=False)
+    class Screen(Console):
+        def render(self, renderable: Any, options: Any = None) -> Any:
+            for segment in super().render(renderable, options):
+                # Names come from specs and plugins: no terminal shall obey them.
+                text = segment.text if segment.control else visible(segment.text, keep="\n")
+                yield segment._replace(text=text)
+
+        def on_broken_pipe(self) -> None:
+            raise
+
+    screen = Screen(stderr=stderr, highlight=False)
     # A pipe has no width; 80 columns would fold what a log can hold.
-    return screen if screen.is_terminal else Console(stderr=stderr, highlight=False, width=120)
+    return screen if screen.is_terminal else Screen(stderr=stderr, highlight=False, width=120)
 
 
 @contextmanager

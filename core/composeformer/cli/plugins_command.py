@@ -13,10 +13,13 @@ from composeformer.errors import InputError, nearest, one_of
     invoke_without_command=True,
     help="What is installed, from where, and why a plugin is not loaded.",
 )
+@json_option
 @click.pass_context
-def command(ctx: click.Context) -> None:
+def command(ctx: click.Context, as_json: bool) -> None:
     if ctx.invoked_subcommand is None:
-        ctx.invoke(list_command)
+        ctx.invoke(list_command, as_json=as_json)
+    elif as_json:
+        raise click.UsageError(f"--json goes after {ctx.invoked_subcommand}")
 
 
 @command.command("list", help="Every plugin: distribution, version, status, cause.")

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from composeformer.cli.options import json_option, print_json
+from composeformer.cli.streams import say
 
 
 @click.command(
@@ -27,4 +28,4 @@ def command(output: Path | None, as_json: bool) -> None:
     if as_json:
         print_json({"written": str(output)})
     else:
-        click.echo(f"wrote {output}", err=True)
+        say(f"wrote {output}")

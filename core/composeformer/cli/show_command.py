@@ -4,14 +4,14 @@ from typing import Any
 
 import click
 
-from composeformer.cli.options import SPEC_HELP, console, json_option, print_json, set_option
+from composeformer.cli.options import SPEC, SPEC_HELP, console, json_option, print_json, set_option
 
 
 @click.command(
     "show",
     help=f"The component tree, implementation rules, precision by role. {SPEC_HELP} A model folder serves too.",
 )
-@click.argument("spec")
+@click.argument("spec", type=SPEC)
 @set_option
 @click.option(
     "--values", is_flag=True, help="Every value with where it came from: file and line, --set, or default."

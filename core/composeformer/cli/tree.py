@@ -5,6 +5,7 @@ from typing import Any
 
 import attrs
 
+from composeformer.cli.options import plural
 from composeformer.config import facts_of
 from composeformer.contracts import PHASES, Part
 from composeformer.costs.counts import parameters
@@ -74,7 +75,7 @@ def rich_tree(spec: Spec, choices: Choices | None = None) -> Any:
     plan = spec.plan
     total = sum(weight.elements for weight in plan.tensors.values() if weight.trains)
     tree = Tree(
-        f"[bold]{escape(spec.name)}[/] {total:,} parameters, {len(spec.layers)} layers, "
+        f"[bold]{escape(spec.name)}[/] {total:,} parameters, {plural(len(spec.layers), 'layer')}, "
         f"fingerprint {spec.fingerprint[:12]}"
     )
     add(tree, plan.embedding, "embedding")

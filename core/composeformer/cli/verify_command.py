@@ -1,11 +1,18 @@
 """`compose verify`: two models compared, the first difference named. Exit 1 where they differ."""
 
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import click
 
-from composeformer.cli.options import console, json_option, print_json
+from composeformer.cli.options import console, json_option, plural, print_json
+
+
+def _finite(_: click.Context, __: click.Parameter, value: float) -> float:
+    if not isfinite(value):
+        raise click.BadParameter(f"{value} is no finite number.")
+    return value
 
 
 @click.command(
@@ -20,6 +27,7 @@ from composeformer.cli.options import console, json_option, print_json
     type=click.FloatRange(min=0),
     default=1e-5,
     show_default=True,
+    callback=_finite,
     help="Largest max|a-b| / max|b|.",
 )
 @click.option(
@@ -48,15 +56,12 @@ def _print(verdict: Any, ours: str, theirs: str) -> None:
         gap = found.detail or f"differs by {found.relative:.3g} of its largest value"
         screen.print(f"tensor {found.where}: {gap}", markup=False)
     if len(verdict.tensors) > 20:
-        screen.print(f"... {len(verdict.tensors)} tensors differ")
+        screen.print(f"... {plural(len(verdict.tensors), 'tensor')} differ")
     first = verdict.first
     if first is not None:
         gap = first.detail or f"differs by {first.relative:.3g}, more than {verdict.tolerance:g}"
         screen.print(f"first difference: the output of {first.where} {gap}", markup=False)
     told = "equal" if verdict.equal else "NOT equal"
-    logits = (
-        ""
-        if verdict.logits is None
-        else f"; logits differ by {verdict.logits:.3g} over {verdict.tokens} tokens"
-    )
+    over = plural(verdict.tokens, "token")
+    logits = "" if verdict.logits is None else f"; logits differ by {verdict.logits:.3g} over {over}"
     screen.print(f"{ours} and {theirs} are {told}{logits}", markup=False)

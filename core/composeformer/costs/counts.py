@@ -4,6 +4,7 @@ Definitions, which every printed number follows:
 - `total`: elements of all parameters; a tied matrix once, buffers and the predictor apart.
 - `active`: the parameters one token passes through, in the three conventions found in the wild; a tied
   matrix is the head's product, so only the last convention leaves it out.
+- `cache`: at two bytes an element; per token before any window is full, and of one sequence at the context.
 - `flops`: two per multiply-add, matrix products only; a router's, like a norm's, are left out, and so is
   the look-up of embeddings. Attention sees half of the square when causal. Training is three forwards.
 """
@@ -13,8 +14,9 @@ from collections.abc import Iterable, Mapping
 
 import attrs
 
-from composeformer.contracts import Cache, Core, Phase
-from composeformer.errors import InputError
+from composeformer.blame import blame, described
+from composeformer.contracts import Cache, Core, Cost, Phase
+from composeformer.errors import InputError, PluginError
 from composeformer.plan import Node
 from composeformer.spec import Spec
 
@@ -54,6 +56,7 @@ class Counts:
     active: Active
     buffers: Mapping[str, int]
     cache_bytes_per_token: int
+    cache_bytes_at_context: int
     flops_per_token: Flops
     unverified: tuple[str, ...] = ()
 
@@ -70,6 +73,7 @@ class Counts:
             },
             "buffers": dict(self.buffers),
             "cache_bytes_per_token": self.cache_bytes_per_token,
+            "cache_bytes_at_context": self.cache_bytes_at_context,
             "flops_per_token": attrs.asdict(self.flops_per_token),
             "unverified": list(self.unverified),
         }
@@ -109,6 +113,7 @@ def cost(spec: "Spec | str", *, context: int | None = None, causal: bool = True)
         ),
         buffers=_buffers(main),
         cache_bytes_per_token=CACHE_BYTES * sum(cached(node) for node in main),
+        cache_bytes_at_context=CACHE_BYTES * sum(held(node, length) for node in main),
         flops_per_token=Flops(
             context=length,
             forward=forward,
@@ -140,14 +145,33 @@ def active_parameters(node: Node) -> int:
 def flops(node: Node, context: int, causal: bool, phase: Phase = "train") -> float:
     """Forward operations of a part alone, for one token."""
     products = 0 if node.slot == "router" else sum(linear.flops for linear in node.linears.values())
-    costs = node.part.config.cost(node.site, phase)
+    costs = stated(node, phase)
     cores = sum(c.flops(context, causal) for c in costs if isinstance(c, Core))
     return products + cores
 
 
 def cached(node: Node) -> int:
     """Cache elements that one more token adds, before any window is full."""
-    return sum(c.per_token for c in node.part.config.cost(node.site, "decode") if isinstance(c, Cache))
+    return sum(c.per_token for c in stated(node, "decode") if isinstance(c, Cache))
+
+
+def held(node: Node, context: int) -> int:
+    """Cache elements for one sequence of `context` tokens; windows hold no more than their width."""
+    return sum(c.elements(context) for c in stated(node, "decode") if isinstance(c, Cache))
+
+
+def stated(node: Node, phase: Phase) -> list[Cost]:
+    """What a part's config says that tensors can not. Raises PluginError where it fails or says something else."""
+    registry = node.site.spec.registry
+    with blame(registry, node.part, node.path, "cost"):
+        costs = list(node.part.config.cost(node.site, phase))
+    for each in costs:
+        if not isinstance(each, Cost):
+            told = described(registry, node.part, node.path)
+            raise PluginError(
+                f"{told}: cost yields a {type(each).__name__}, no Core, Cache, Exchange or Saved"
+            )
+    return costs
 
 
 def _buffers(nodes: Iterable[Node]) -> dict[str, int]:

@@ -13,11 +13,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from composeformer.errors import FolderError
-from composeformer.folder import lock, swap
-from composeformer.folder.paths import CONFIG, MANIFEST, SPEC, reason_of
+from composeformer.errors import FolderError, one_of
+from composeformer.folder import lock, strict_json, swap
+from composeformer.folder.paths import CONFIG, INDEX, LOCK, MANIFEST, SPEC, SUFFIX, reason_of
 from composeformer.folder.strict_json import dumps
 from composeformer.folder.sync import sync, sync_tree
+from composeformer.text.files import TOKENIZER_FILES
 
 
 @contextmanager
@@ -27,8 +28,8 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     Missing parents are made. A killed writer or an exception leaves the old content, or nothing, at `target`;
     the next call for the same target removes the remains. Raises FolderError, before the block runs, if
     `target` is not a folder, or not empty without `replace`, or with `replace` does not look like a model
-    folder; and at the end for what the system refuses (a full disk, a read-only place), also inside the
-    block.
+    folder or holds what is no part of one; and at the end for what the system refuses (a full disk, a
+    read-only place), also inside the block.
     """
     target = Path(os.path.realpath(target))
     try:
@@ -98,6 +99,30 @@ def _check_target(target: Path, replace: bool) -> None:
         raise FolderError(f"{target}: will not be replaced: it holds .git, whose history would be lost")
     if Path(os.path.realpath(os.curdir)).is_relative_to(target):
         raise FolderError(f"{target}: will not be replaced: it is or holds the current folder")
+    if strangers := _strangers(target, names):
+        raise FolderError(
+            f"{target}: will not be replaced: it holds what is no part of a model: {one_of(strangers)}"
+        )
+
+
+def _strangers(target: Path, names: set[str]) -> list[str]:
+    """What a model folder holds beside a model's files: somebody put it there, and would lose it."""
+    known = {SPEC, CONFIG, MANIFEST, LOCK, INDEX, *TOKENIZER_FILES, *_listed(target)}
+    return [
+        ascii(name)[1:-1]
+        for name in sorted(names)
+        if not (target / name).is_file() or (name not in known and not name.endswith(SUFFIX))
+    ]
+
+
+def _listed(target: Path) -> set[str]:
+    """The files that the folder's manifest names, as written with it."""
+    try:
+        found = strict_json.read(target / MANIFEST)[0]
+    except FolderError:
+        return set()
+    files = found.get("files") if isinstance(found, dict) else None
+    return set(files) if isinstance(files, dict) else set()
 
 
 def _make_parents(parent: Path) -> Path:

@@ -32,7 +32,7 @@ def locate(folder: Path) -> dict[Path, dict[str, Entry]]:
     weight_map = _weight_map(inside(folder, INDEX))
     if WEIGHTS in names and WEIGHTS not in weight_map.values():
         raise FolderError(
-            f"{folder}: holds {WEIGHTS} and an {INDEX} that does not name it: remove the one that is old"
+            f"{folder}: holds {WEIGHTS} and a {INDEX} that does not name it: remove the one that is old"
         )
     return _agree(folder, weight_map)
 

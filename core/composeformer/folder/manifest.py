@@ -68,7 +68,11 @@ def _check(folder: Path, name: str, file: dict[str, Any], hashes: bool) -> list[
                 " probably edited, or damaged by a disk or a transfer"
             ]
     except FolderError as error:
-        return list(error.lines)
+        # A line that starts with the file needs no more to say where.
+        return [
+            line.removeprefix(f"{MANIFEST}: ") if f": {folder / name}: " in line else line
+            for line in error.lines
+        ]
     except OSError as error:
         return [f"{folder / name}: can not be read: {reason_of(error)}"]
     return []

@@ -12,6 +12,7 @@ from composeformer.errors import FolderError, nearest
 
 SPEC = "spec.toml"
 CONFIG = "config.json"
+LOCK = "compose.lock"
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -33,7 +33,7 @@ def load(ref: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Document
     Raises ComposeError, in one line, for what can not be found, read or merged.
     """
     name = os.fsdecode(ref)
-    if isinstance(ref, str) and not _is_path(name):
+    if isinstance(ref, str) and not _is_path(name) and not _is_model(name):
         found = _shipped(name, pathlib.Path())
     else:
         # A model folder holds its spec.
@@ -110,6 +110,11 @@ def _is_path(name: str) -> bool:
     return name.endswith(".toml") or name in (".", "..") or any(mark in name for mark in separators)
 
 
+def _is_model(name: str) -> bool:
+    """Whether a bare name is a model folder here, and no shipped spec, which comes first."""
+    return bool(name) and os.path.isfile(os.path.join(name, "spec.toml")) and name not in shipped()
+
+
 def _file(path: pathlib.Path, label: str) -> _Found:
     try:
         document = read(path, label)
@@ -138,10 +143,20 @@ def _shipped(name: str, folder: pathlib.Path | None) -> _Found:
             if folder is not None and name and os.path.isfile(folder / file):
                 reason += f"; for the file write ./{file}"
                 break
+        else:
+            if folder is not None and name and os.path.lexists(folder / name):
+                reason = f"{_kind(folder / name)}; {reason}"
         raise FileError(printable(name), printable(reason))
     document = parse(text.read_bytes(), label)
     document.name = name
     return _Found(document, None, f"shipped {name}")
+
+
+def _kind(path: pathlib.Path) -> str:
+    """What stands at a path where no spec is."""
+    if path.is_dir():
+        return "is a folder without a spec.toml"
+    return "is neither a file nor a folder" if path.exists() else "is a link that leads nowhere"
 
 
 def _choices(name: str) -> str:

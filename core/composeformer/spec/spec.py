@@ -141,7 +141,9 @@ class Spec:
         return self  # immutable, and a copy's components would be of no registry
 
     def __repr__(self) -> str:
-        return f"Spec({self.name!r}, {len(self.layers)} layers, {self.fingerprint[:12]})"
+        # A test runner shows one that is only half made, too.
+        made = f"{len(self.layers)} layers, {self.fingerprint[:12]}" if hasattr(self, "plan") else "not valid"
+        return f"Spec({self.name!r}, {made})"
 
     def _changed(self, document: Document) -> "Spec":
         document = unverified.carried(self.document, document)
@@ -160,6 +162,9 @@ class Spec:
         for key in ("name", "description", "source"):
             if key in data and not isinstance(data[key], str):
                 resolver.problem((key,), data[key], "must be a string")
+        name = data.get("name")
+        if isinstance(name, str) and not (name.strip() and name.isprintable()):
+            resolver.problem(("name",), name, "must be a text of printable characters, not empty")
 
     def _singles(self, resolver: Resolver) -> dict[str, Part | None]:
         singles: dict[str, Part | None] = {}

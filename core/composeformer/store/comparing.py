@@ -5,6 +5,7 @@ max|a - b| / max|b| over a tensor, b being the model that is trusted.
 """
 
 from collections.abc import Mapping
+from math import inf, isfinite
 from typing import Any
 
 import attrs
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from composeformer.decoder import Model
-from composeformer.errors import InputError
+from composeformer.errors import InputError, show
 from composeformer.spec.fingerprint import meaning
 
 
@@ -67,13 +68,15 @@ def verify(
 ) -> Verdict:
     """Compares `model` with a trusted one, on `tokens` random ids of two rows, one of them left-padded.
 
-    Raises InputError where the two can not take the same ids.
+    Raises InputError for a length or a tolerance that compares nothing.
     """
     vocab = min(model.spec.model.vocab_size, against.spec.model.vocab_size)
     longest = min(model.spec.model.max_position_embeddings, against.spec.model.max_position_embeddings)
     length = min(tokens, longest)
     if length < 1:
         raise InputError(f"tokens = {tokens}: must be at least 1")
+    if not (isfinite(tolerance) and tolerance >= 0):
+        raise InputError(f"tolerance = {tolerance}: must be a finite number, at least 0")
     ids = torch.randint(vocab, (2, length), generator=torch.Generator().manual_seed(seed))
     valid = torch.ones(2, length, dtype=torch.bool)
     valid[1, : length // 4] = False
@@ -109,7 +112,14 @@ def _walk(a: Any, b: Any, path: str, found: list[str]) -> None:
     elif isinstance(a, list) and isinstance(b, list) and path == "layers":
         found.append(f"layers: {len(a)} against {len(b)}")
     elif a != b:
-        found.append(f"{path.replace('.fields.', '.')}: {a} against {b}")
+        found.append(f"{path.replace('.fields.', '.')}: {_told(a, b)} against {_told(b, a)}")
+
+
+def _told(value: Any, other: Any) -> str:
+    """A meaning leaves out fields that have their default, and parts that are not there."""
+    if value is None:
+        return "nothing" if isinstance(other, Mapping) else "its default"
+    return f"a {value['kind']}" if isinstance(value, Mapping) and "kind" in value else show(value)
 
 
 def _tensors(model: Model, against: Model) -> list[Difference]:
@@ -126,7 +136,7 @@ def _tensors(model: Model, against: Model) -> list[Difference]:
             shapes = f"{tuple(ours[name].shape)} against {tuple(theirs[name].shape)}"
             found.append(Difference(where=name, relative=None, detail=shapes))
         elif not torch.equal(ours[name].cpu(), theirs[name].cpu().to(ours[name].dtype)):
-            found.append(Difference(where=name, relative=_relative(ours[name], theirs[name])))
+            found.append(_gap(name, ours[name], theirs[name]))
     return found
 
 
@@ -166,11 +176,17 @@ def _difference(path: str, a: Tensor | None, b: Tensor, valid: Tensor) -> Differ
         return Difference(where=path, relative=None, detail=f"{tuple(a.shape)} against {tuple(b.shape)}")
     # What stands at padding is nobody's business.
     real = valid if a.shape[:2] == valid.shape else torch.ones(a.shape[:2], dtype=torch.bool)
-    return Difference(where=path, relative=_relative(a[real], b[real]))
+    return _gap(path, a[real], b[real])
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
+def _gap(where: str, a: Tensor, b: Tensor) -> Difference:
     a, b = a.detach().cpu().double(), b.detach().cpu().double()
+    infinite = [name for name, x in (("first", a), ("second", b)) if not bool(x.isfinite().all())]
+    if infinite:
+        told = f"is not finite in the {' and the '.join(infinite)}"
+        return Difference(where=where, relative=None, detail=told)
     scale = float(b.abs().max()) if b.numel() else 0.0
     gap = float((a - b).abs().max()) if b.numel() else 0.0
-    return 0.0 if gap == 0 else gap / scale if scale else float("inf")
+    if gap and not isfinite(gap / scale if scale else inf):
+        return Difference(where=where, relative=None, detail="is 0 everywhere in the second only")
+    return Difference(where=where, relative=gap / scale if gap else 0.0)

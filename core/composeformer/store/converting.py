@@ -10,11 +10,14 @@ from torch import Tensor
 from composeformer.dialects import Dialect, expressing, find
 from composeformer.errors import DialectError, FolderError
 from composeformer.folder import WeightReader, new_folder, write_json, write_shards
+from composeformer.lazy import available
 from composeformer.spec import Spec
-from composeformer.store.loading import as_stored, describe, lookup, read_config, shapes
+from composeformer.spec.document import printable
+from composeformer.store.accounting import lookup, telling
+from composeformer.store.loading import as_stored, check_plain, describe, read_config, shapes
 from composeformer.store.lock import NATIVE
 from composeformer.store.saving import SPEC_NAME, counted, write
-from composeformer.text import copy_tokenizer
+from composeformer.text import Tokenizer, copy_tokenizer
 
 Progress = Callable[[int, int], None] | None
 
@@ -33,6 +36,7 @@ def import_model(
     DialectError where no dialect reads the source, FolderError where it is damaged.
     """
     path = Path(source)
+    check_apart(path, Path(target))
     if path.is_dir():
         return _from_folder(path, target, replace, max_shard_bytes, progress)
     if not path.exists():
@@ -43,11 +47,13 @@ def import_model(
 def _from_folder(root: Path, target: Any, replace: bool, max_shard_bytes: int, progress: Progress) -> Spec:
     if (root / SPEC_NAME).exists():
         raise FolderError(f"{root}: is a model folder of composeformer already")
+    check_plain(root)
     config = read_config(root)
-    dialect = find(config)
     with WeightReader(root) as reader:
-        document = dialect.to_spec(config, shapes(reader))
-        document.setdefault("name", root.resolve().name)
+        with telling(root / "config.json"):
+            dialect = find(config)
+            document = dialect.to_spec(config, shapes(reader))
+        document.setdefault("name", _name(root.resolve().name))
         spec = as_stored(Spec.from_dict(document, label=str(root / "config.json")), reader.names())
         get = lookup(spec, dialect.name, reader, root)
         carried = _carried(config)
@@ -56,7 +62,7 @@ def _from_folder(root: Path, target: Any, replace: bool, max_shard_bytes: int, p
             get,
             carried,
             target,
-            lambda folder: copy_tokenizer(root, folder),
+            lambda folder: tokenizer_from(root, folder, copy_tokenizer(root, folder)),
             replace,
             max_shard_bytes,
             progress,
@@ -68,9 +74,10 @@ def _from_gguf(path: Path, target: Any, replace: bool, max_shard_bytes: int, pro
     from composeformer.gguf.tokenizer import write_tokenizer
 
     with open_gguf(path) as file:
-        dialect = find(file.metadata)
-        document = dialect.to_spec(file.metadata, shapes(file), file.get)
-        document.setdefault("name", path.stem)
+        with telling(path):
+            dialect = find(file.metadata)
+            document = dialect.to_spec(file.metadata, shapes(file), file.get)
+        document.setdefault("name", _name(path.stem))
         spec = Spec.from_dict(document, label=str(path))
         get = lookup(spec, dialect.name, file, path)
         carried = _special_ids(file.metadata)
@@ -79,7 +86,7 @@ def _from_gguf(path: Path, target: Any, replace: bool, max_shard_bytes: int, pro
             get,
             carried,
             target,
-            lambda folder: write_tokenizer(file.metadata, folder),
+            lambda folder: tokenizer_from(path, folder, write_tokenizer(file.metadata, folder)),
             replace,
             max_shard_bytes,
             progress,
@@ -124,6 +131,32 @@ def _write(
     return spec
 
 
+def check_apart(source: Path, target: Path) -> None:
+    """Raises FolderError where writing `target` would touch what is read: neither may hold the other."""
+    one, other = Path(os.path.realpath(source)), Path(os.path.realpath(target))
+    if one == other:
+        raise FolderError(f"{target}: is the source itself; write to another folder")
+    if one.is_relative_to(other):
+        raise FolderError(f"{target}: holds the source {source}; write to another folder")
+    if other.is_relative_to(one):
+        raise FolderError(f"{target}: lies in the source {source}; write to another folder")
+
+
+def tokenizer_from(source: Path, folder: Path, _: object) -> None:
+    """Raises FolderError, naming the source, where the tokenizer that was put into `folder` is none."""
+    if not (folder / "tokenizer.json").exists() or not available("tokenizers"):
+        return
+    try:
+        Tokenizer(folder)
+    except FolderError as error:
+        place = f"{source}{os.sep}" if source.is_dir() else f"{source}: "
+        raise FolderError(*(line.replace(f"{folder}{os.sep}", place) for line in error.lines)) from error
+
+
+def _name(found: str) -> str:
+    return printable(found) or "model"
+
+
 def _carried(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a config.json says beside the architecture and is worth keeping."""
     return {
@@ -156,8 +189,10 @@ def export_model(
     Raises DialectError, with the reasons, where no dialect can express the model.
     """
     root = Path(source)
+    check_apart(root, Path(target))
     spec, dialect = describe(root)
-    found, config = expressing(spec)
+    with telling(root):
+        found, config = expressing(spec)
     if dialect != NATIVE and (root / "config.json").exists():
         old = read_config(root)
         config = {

@@ -2,37 +2,25 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from composeformer.assemble import fill, skeleton
 from composeformer.decoder import Model
-from composeformer.dialects import find, load_all
-from composeformer.errors import FolderError, one_of
+from composeformer.dialects import find
+from composeformer.errors import FolderError
 from composeformer.folder import TensorInfo, WeightReader
 from composeformer.folder import check_manifest as check_files
+from composeformer.folder.paths import MANIFEST
 from composeformer.spec import Spec
-from composeformer.store.lock import NATIVE, check_lock, read_lock
+from composeformer.store.accounting import Tensors, read, telling
+from composeformer.store.lock import NAME, check_lock, read_lock
 from composeformer.store.saving import SPEC_NAME
 
 MAX_CONFIG_BYTES = 16_000_000
-
-
-class Shaped(Protocol):
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
-class Tensors(Protocol):
-    """A source of named tensors: a folder's weights, or a GGUF file's."""
-
-    def names(self) -> Mapping[str, Shaped]: ...
-
-    def get(self, name: str, /) -> Tensor: ...
 
 
 def load(
@@ -67,12 +55,28 @@ def describe(root: Path) -> tuple[Spec, str]:
         spec, lock = Spec.load(root / SPEC_NAME), read_lock(root)
         check_lock(root, spec, lock)
         return spec, lock["dialect"]
+    check_plain(root)
     config = read_config(root)
-    dialect = find(config)
     with WeightReader(root) as reader:
-        document = dialect.to_spec(config, shapes(reader))
+        with telling(root / "config.json"):
+            dialect = find(config)
+            document = dialect.to_spec(config, shapes(reader))
         spec = Spec.from_dict(document, label=str(root / "config.json"))
         return as_stored(spec, reader.names()), dialect.name
+
+
+def check_plain(root: Path) -> None:
+    """Raises FolderError for a folder of ours whose spec is lost: nothing else of it would be checked."""
+    manifest = root / MANIFEST
+    ours = [name for name in (NAME, MANIFEST) if (root / name).is_file()]
+    # Other tools write files called manifest.json too.
+    if ours == [MANIFEST] and f'"{SPEC_NAME}"'.encode() not in manifest.read_bytes()[:MAX_CONFIG_BYTES]:
+        return
+    if ours:
+        raise FolderError(
+            f"{root}: {SPEC_NAME} is missing: {' and '.join(ours)} say that this is a model folder of"
+            " composeformer; restore it, or remove them to read the folder as a plain Hugging Face one"
+        )
 
 
 def as_stored(spec: Spec, found: Mapping[str, TensorInfo]) -> Spec:
@@ -115,37 +119,6 @@ def read_config(root: Path) -> dict[str, Any]:
     return config
 
 
-def read(spec: Spec, dialect: str, source: Tensors, where: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the spec by our names, from a source whose names are a dialect's."""
-    get = lookup(spec, dialect, source, where)
-    return ((name, get(name)) for name in spec.plan.tensors)
-
-
-def lookup(spec: Spec, dialect: str, source: Tensors, where: Path) -> Callable[[str], Tensor]:
-    """The same one at a time: all are accounted for now, each is read when it is asked for."""
-    if dialect == NATIVE:
-        _account(spec, source, where)
-        return source.get
-    known = {d.name: d for d in load_all()}
-    if dialect not in known:
-        raise FolderError(f"{where}: tensors are named as by dialect {dialect!r}; installed: {one_of(known)}")
-    return known[dialect].lookup(spec, source)
-
-
-def _account(spec: Spec, source: Tensors, where: Path) -> None:
-    """Raises FolderError that lists every tensor that is missing, unexpected or mis-shaped."""
-    found, wanted = source.names(), spec.plan.tensors
-    wrong = [f"{where}: {name}: missing" for name in wanted if name not in found]
-    wrong += [f"{where}: {name}: unexpected" for name in found if name not in wanted]
-    wrong += [
-        f"{where}: {name}: has shape {tuple(found[name].shape)}, the spec wants {weight.shape}"
-        for name, weight in wanted.items()
-        if name in found and tuple(found[name].shape) != weight.shape
-    ]
-    if wrong:
-        raise FolderError(*wrong)
-
-
 def open_any(path: "str | os.PathLike[str]", *, check_hashes: bool = False) -> Model:
     """The model of a folder, or of a GGUF file without writing a folder."""
     where = Path(path)
@@ -154,9 +127,9 @@ def open_any(path: "str | os.PathLike[str]", *, check_hashes: bool = False) -> M
     from composeformer.gguf import open_gguf
 
     with open_gguf(where) as file:
-        dialect = find(file.metadata)
-        model = skeleton(
-            Spec.from_dict(dialect.to_spec(file.metadata, shapes(file), file.get), label=str(where))
-        )
+        with telling(where):
+            dialect = find(file.metadata)
+            document = dialect.to_spec(file.metadata, shapes(file), file.get)
+        model = skeleton(Spec.from_dict(document, label=str(where)))
         fill(model, read(model.spec, dialect.name, file, where), "cpu")
     return model

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 Data = dict[str, Any]
 Tables = st.SearchStrategy[Data]
 
+TITLES = st.text(max_size=8).filter(lambda text: bool(text.strip()) and text.isprintable())
 NAMES = st.sampled_from(["main", "local", "wide", "a b", "x.y", "é"])
 HIDDEN = 16
 
@@ -111,9 +112,7 @@ def specs(
         single = len(named) == 1 and name == slot
         data[slot] = named[name] if single else named
     data["layers"] = _entries(draw, tables, 0)
-    data |= draw(
-        some({"name": st.text(max_size=8), "format": st.just(1), "description": st.text(max_size=8)})
-    )
+    data |= draw(some({"name": TITLES, "format": st.just(1), "description": st.text(max_size=8)}))
     ends = {
         "embedding": some({"scale": floats(0.1, 10.0)}),
         "head": some({"scale": floats(0.1, 10.0), "cap": floats(1.0, 50.0)}),

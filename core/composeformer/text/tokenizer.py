@@ -2,11 +2,11 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from composeformer.errors import FolderError, InputError, MissingExtra
+from composeformer.errors import FolderError, InputError, MissingExtra, show
 from composeformer.lazy import available
 from composeformer.text.files import read_chat_template, read_json, read_text
 from composeformer.text.stream import ByteStream, Stream, WindowStream, byte_alphabet
@@ -47,10 +47,10 @@ class Tokenizer:
         self.chat_template: str | None = read_chat_template(folder, config)
         self.bos_token = _content(config.get("bos_token"))
         self.eos_token = _content(config.get("eos_token"))
-        ends = [*_ids(generation.get("eos_token_id")), *self._named(self.eos_token)]
+        ends = [*_ids(folder, generation, "eos_token_id"), *self._named(self.eos_token)]
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
-        bos = [*self._named(self.bos_token), *_ids(generation.get("bos_token_id"))]
-        pad = [*self._named(_content(config.get("pad_token"))), *_ids(generation.get("pad_token_id"))]
+        bos = [*self._named(self.bos_token), *_ids(folder, generation, "bos_token_id")]
+        pad = [*self._named(_content(config.get("pad_token"))), *_ids(folder, generation, "pad_token_id")]
         self.bos_id: int | None = next(iter(bos), None)
         self.pad_id: int | None = next(iter(pad), None)
 
@@ -132,6 +132,14 @@ def _content(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _ids(value: object) -> list[int]:
-    values = value if isinstance(value, list) else [value]
-    return [index for index in values if type(index) is int and index >= 0]
+def _ids(folder: Path, generation: Mapping[str, object], key: str) -> list[int]:
+    """The ids of a key of generation_config.json: an integer, several, or none. Below 0 means none too."""
+    value = generation.get(key)
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    found: list[int] = []
+    for index in values:
+        if type(index) is not int:
+            where = folder / "generation_config.json"
+            raise FolderError(f"{where}: {key} = {show(index)}: must be an integer or a list of integers")
+        found += [index] if index >= 0 else []
+    return found

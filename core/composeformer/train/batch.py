@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from composeformer.decoder import count_positions
+from composeformer.counting import count_positions
 from composeformer.tensors import Batch
 
 

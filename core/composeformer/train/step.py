@@ -44,8 +44,8 @@ class StepResult:
 def train_step(
     model: Model,
     batches: Sequence[TokenBatch],
-    optimizer: Optimizer,
     objective: Objective,
+    optimizer: Optimizer,
     *,
     step: int,
     clip_norm: float | None = None,
@@ -53,10 +53,10 @@ def train_step(
 ) -> StepResult:
     """Learns once from all of `batches`, the micro-batches of one step; `step` counts from 0.
 
-    `values` are scheduled fields of parts by dotted path, which their `after_step` reads. Gradients are left
-    on the parameters until the next step. A step is skipped, and says so, where the loss or the gradients'
-    norm is not finite, or nothing had a label. Raises InputError without batches, or for a `clip_norm` that is no
-    finite number above 0.
+    Without `clip_norm` gradients are not clipped. `values` are scheduled fields of parts by dotted path, which
+    their `after_step` reads. Gradients are left on the parameters until the next step. A step is skipped, and
+    says so, where the loss or the gradients' norm is not finite, or nothing had a label. Raises InputError
+    without batches, or for a `clip_norm` that is no finite number above 0.
     """
     if not batches:
         raise InputError("a training step needs at least one batch")

@@ -23,7 +23,7 @@ class Absorbed(LatentAttention):
         q_BTHR: Float[Tensor, "B T H R"],
         latent_BSC: Float[Tensor, "B S C"],
         key_BSR: Float[Tensor, "B S R"],
-        seen: Bool[Tensor, "B T S"] | None,
+        seen: Bool[Tensor, "_ T S"] | None,
     ) -> Float[Tensor, "B T H V"]:
         kind = torch.promote_types(q_BTHN.dtype, torch.float32)
         B, T, H, _ = q_BTHN.shape

@@ -20,7 +20,7 @@ class Expanded(LatentAttention):
         q_BTHR: Float[Tensor, "B T H R"],
         latent_BSC: Float[Tensor, "B S C"],
         key_BSR: Float[Tensor, "B S R"],
-        seen: Bool[Tensor, "B T S"] | None,
+        seen: Bool[Tensor, "_ T S"] | None,
     ) -> Float[Tensor, "B T H V"]:
         q_BTHD, k_BSHD, v_BSHV = self.heads(q_BTHN, q_BTHR, latent_BSC, key_BSR)
         # The flash kernels want queries, keys and values of one width; without one the scores are stored.

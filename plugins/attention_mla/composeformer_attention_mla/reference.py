@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from composeformer.cache import TokenCache
-from composeformer.tensors import Batch, Output, Rotary, visible
+from composeformer.tensors import Batch, Output, Rotary, own_keys
 from composeformer_attention_mla.config import MLA
 
 if TYPE_CHECKING:
@@ -56,18 +56,12 @@ class LatentAttention(nn.Module):
         q_BTHN, q_BTHR = self.queries(x, rotary)
         latent_BSC, key_BSR = self.latents(x, rotary)
         if cache is None:
-            seen = self.own_keys(batch)
+            seen = own_keys(batch, self.window)
         else:
-            fresh = cache.bound == 0
             cached = cache.append(batch, latent=latent_BSC, rope=key_BSR)
-            if fresh:
-                seen = self.own_keys(batch)
-            else:
-                latent_BSC = cached.tensors["latent"].to(latent_BSC.dtype)
-                key_BSR = cached.tensors["rope"].to(key_BSR.dtype)
-                seen = visible(
-                    batch.positions, cached.positions, batch.documents, cached.documents, self.window
-                )
+            latent_BSC = cached.tensors["latent"].to(latent_BSC.dtype)
+            key_BSR = cached.tensors["rope"].to(key_BSR.dtype)
+            seen = cached.seen
         if batch.valid is None:
             mixed_BTHV = self.attend(q_BTHN, q_BTHR, latent_BSC, key_BSR, seen)
         else:
@@ -90,21 +84,13 @@ class LatentAttention(nn.Module):
         key_BTR = self.position.rotate(key_BTR[:, :, None], rotary)[:, :, 0]
         return self.kv_a_norm(latent_BTC), self.replicated(key_BTR)
 
-    def own_keys(self, batch: Batch) -> Bool[Tensor, "B T T"] | None:
-        """What each query sees of the batch's own tokens; None: itself and all before it."""
-        tokens = batch.positions.shape[1]
-        if batch.documents is None and batch.valid is None and (self.window is None or tokens <= self.window):
-            return None
-        keys = batch.positions if batch.valid is None else batch.positions.masked_fill(~batch.valid, -1)
-        return visible(batch.positions, keys, batch.documents, batch.documents, self.window)
-
     def attend(
         self,
         q_BTHN: Float[Tensor, "B T H N"],
         q_BTHR: Float[Tensor, "B T H R"],
         latent_BSC: Float[Tensor, "B S C"],
         key_BSR: Float[Tensor, "B S R"],
-        seen: Bool[Tensor, "B T S"] | None,
+        seen: Bool[Tensor, "_ T S"] | None,
     ) -> Float[Tensor, "B T H V"]:
         """The attention core. Every query sees a key at least; None means causal over equally many tokens."""
         kind = torch.promote_types(q_BTHN.dtype, torch.float32)

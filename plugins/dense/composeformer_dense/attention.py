@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from composeformer.cache import TokenCache
-from composeformer.tensors import Batch, Output, visible
+from composeformer.tensors import Batch, Output, own_keys
 from composeformer_dense.configs.attention import GQA
 
 if TYPE_CHECKING:
@@ -43,17 +43,11 @@ class Attention(nn.Module):
         """Attention over x and all that a cache holds, to which x is added. Padding gives o's bias."""
         q_BTHD, k_BTKD, v_BTKD = self.heads(x, batch)
         if cache is None:
-            seen = self.own_keys(batch)
+            seen = own_keys(batch, self.window)
         else:
-            fresh = cache.bound == 0
             cached = cache.append(batch, k=k_BTKD, v=v_BTKD)
-            if fresh:
-                seen = self.own_keys(batch)
-            else:
-                k_BTKD, v_BTKD = (cached.tensors[name].to(q_BTHD.dtype) for name in ("k", "v"))
-                seen = visible(
-                    batch.positions, cached.positions, batch.documents, cached.documents, self.window
-                )
+            k_BTKD, v_BTKD = (cached.tensors[name].to(q_BTHD.dtype) for name in ("k", "v"))
+            seen = cached.seen
         if batch.valid is None:
             mixed_BTHD = self.attend(q_BTHD, k_BTKD, v_BTKD, seen)
         else:
@@ -74,20 +68,12 @@ class Attention(nn.Module):
         table = batch.tables[self.position.key]
         return self.position.rotate(q, table), self.position.rotate(k, table).to(q.dtype), v.to(q.dtype)
 
-    def own_keys(self, batch: Batch) -> Bool[Tensor, "B T T"] | None:
-        """What each query sees of the batch's own tokens; None: itself and all before it."""
-        tokens = batch.positions.shape[1]
-        if batch.documents is None and batch.valid is None and (self.window is None or tokens <= self.window):
-            return None
-        keys = batch.positions if batch.valid is None else batch.positions.masked_fill(~batch.valid, -1)
-        return visible(batch.positions, keys, batch.documents, batch.documents, self.window)
-
     def attend(
         self,
         q_BTHD: Float[Tensor, "B T H D"],
         k_BSKD: Float[Tensor, "B S K D"],
         v_BSKD: Float[Tensor, "B S K D"],
-        seen: Bool[Tensor, "B T S"] | None,
+        seen: Bool[Tensor, "_ T S"] | None,
     ) -> Float[Tensor, "B T H D"]:
         """The attention core. Every query sees a key at least; None means causal over equally many tokens."""
         kind = torch.promote_types(q_BTHD.dtype, torch.float32)

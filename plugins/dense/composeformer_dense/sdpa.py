@@ -19,7 +19,7 @@ class SDPA(Attention):
         q_BTHD: Float[Tensor, "B T H D"],
         k_BSKD: Float[Tensor, "B S K D"],
         v_BSKD: Float[Tensor, "B S K D"],
-        seen: Bool[Tensor, "B T S"] | None,
+        seen: Bool[Tensor, "_ T S"] | None,
     ) -> Float[Tensor, "B T H D"]:
         groups = q_BTHD.shape[2] // k_BSKD.shape[2]
         flash = seen is None and q_BTHD.dtype in (torch.bfloat16, torch.float16)

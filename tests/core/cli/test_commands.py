@@ -1,6 +1,7 @@
 """The command line, called as a user calls it: outputs, exit codes, one JSON document, no traceback."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ REPORTS = [
     ("show", "tiny-llama"),
     ("show", "tiny-llama", "--values"),
     ("cost", "llama-3.1-405b"),
+    ("plugins",),
     ("plugins", "list"),
     ("plugins", "info", "dense"),
     ("schema",),
@@ -202,3 +204,14 @@ def test_closed_pipe_is_no_error() -> None:
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     assert done.stdout.startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("words", "found"), [("compose build smol", "smollm2-135m"), ("compose show tiny-", "tiny-llama")]
+)
+def test_completion_knows_commands_shipped_specs_and_files(words: str, found: str) -> None:
+    asked = {"COMP_WORDS": words, "COMP_CWORD": "2", "_COMPOSE_COMPLETE": "bash_complete"}
+    script = str(Path(sys.executable).with_name("compose"))
+    done = subprocess.run([script], env={**os.environ, **asked}, capture_output=True, text=True)
+    assert f"plain,{found}" in done.stdout.splitlines()
+    assert any(line.startswith("file,") for line in done.stdout.splitlines())

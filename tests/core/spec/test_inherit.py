@@ -200,10 +200,7 @@ def test_a_chain_of_extends_has_an_end(folder: pathlib.Path) -> None:
             f"tiny-lama.toml: no such file; {MANY}; did you mean 'tiny-llama'?",
         ),
         ("plain", f"plain: {NONE}; for the file write ./plain"),
-        (
-            "model",
-            f"model: {NONE}; for the file write ./model/spec.toml",
-        ),
+        ("empty", f"empty: is a folder without a spec.toml; {NONE}"),
         (".", ".: is a directory, not a spec file"),
         (
             pathlib.Path("tiny-llama"),
@@ -220,8 +217,7 @@ def test_what_can_not_be_found_is_one_line_that_says_what_can(
     folder: pathlib.Path, ref: str, line: str
 ) -> None:
     write("plain", "")
-    (folder / "model").mkdir()
-    write("model/spec.toml", "")
+    (folder / "empty").mkdir()
     with pytest.raises(ComposeError) as error:
         load(ref)
     assert str(error.value) == line

@@ -85,6 +85,7 @@ def test_every_missing_unexpected_and_misshaped_tensor_is_listed(tmp_path: Path)
     weights["surprise"] = torch.zeros(1)
     save_file(weights, tmp_path / "m" / "model.safetensors")
     (tmp_path / "m" / "manifest.json").unlink()
+    (tmp_path / "m" / "compose.lock").unlink()
     (tmp_path / "m" / "spec.toml").unlink()
     with pytest.raises(ComposeError) as told:
         load(tmp_path / "m")

@@ -22,7 +22,7 @@ def test_a_part_is_called_once_a_step_with_its_counts_over_all_micro_batches(fre
     objective, optimizer = trainer(model)
     with torch.no_grad():
         model(batches[0].ids)  # looking at the model between steps counts for nothing
-    results = [train_step(model, batches, optimizer, objective, step=step) for step in (7, 8)]
+    results = [train_step(model, batches, objective, optimizer, step=step) for step in (7, 8)]
     assert len(calls) == 2
     real = torch.cat([b.ids[b.valid] for b in batches if b.valid is not None])
     for (totals, run, recording), result in zip(calls, results):
@@ -40,7 +40,7 @@ def test_a_part_reads_its_fields_as_scheduled(fresh: Fresh) -> None:
     objective, optimizer = trainer(model)
     values = {"layers.0.ffn.intermediate_size": 3.5, "layers.1.ffn.gated": 0.0}
     for given in (None, values):
-        train_step(model, [rows(2, 8, 0)], optimizer, objective, step=0, values=given)
+        train_step(model, [rows(2, 8, 0)], objective, optimizer, step=0, values=given)
     plain, scheduled = (run for _, run, _ in calls)
     assert (plain.value("intermediate_size"), plain.value("gated")) == (16, True)
     assert (scheduled.value("intermediate_size"), scheduled.value("gated")) == (3.5, True)

@@ -44,7 +44,7 @@ def test_micro_batches_are_one_batch(fresh: Fresh, seed: int, places: set[int], 
         model = fresh()
         calls.append(counting(model))
         objective, optimizer = trainer(model)
-        results.append(train_step(model, batches, optimizer, objective, step=0, clip_norm=clip))
+        results.append(train_step(model, batches, objective, optimizer, step=0, clip_norm=clip))
         models.append(model)
     whole, parts = (gradients(model) for model in models)
     assert all(relative(parts[name], whole[name]) < 1e-12 for name in whole)
@@ -62,7 +62,7 @@ def test_the_loss_is_torchs_mean_cross_entropy_over_all_labels(fresh: Fresh) -> 
     batches = [TokenBatch(ids[:1]), TokenBatch(ids[1:])]
     objective, optimizer = trainer(model)
     expected = cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    result = train_step(model, batches, optimizer, objective, step=0)
+    result = train_step(model, batches, objective, optimizer, step=0)
     assert result.loss == pytest.approx(expected.item(), rel=1e-14)
     assert (result.weight, result.tokens, result.skipped) == (3 * 7, 3 * 8, None)
 
@@ -71,7 +71,7 @@ def test_gradients_are_those_of_the_mean_loss_and_the_side_losses_over_the_label
     model, judge, batch = fresh(), fresh(), rows(4, 8, 1)
     counting(model), counting(judge)
     objective, optimizer = trainer(model)
-    result = train_step(model, split(batch, [1]), optimizer, objective, step=0)
+    result = train_step(model, split(batch, [1]), objective, optimizer, step=0)
     outputs = judge(batch.ids, valid=batch.valid, documents=batch.documents)
     total, weight = objective(outputs, batch.seen())
     side = outputs.aux.losses["layers.0.ffn.size"]
@@ -88,7 +88,7 @@ def test_appending_padding_rows_and_columns_changes_nothing(fresh: Fresh) -> Non
     results, models = [], [fresh(), fresh()]
     for model, given_ in zip(models, (batch, TokenBatch(wide[0], wide[1].bool(), wide[2]))):
         objective, optimizer = trainer(model)
-        results.append(train_step(model, [given_], optimizer, objective, step=0))
+        results.append(train_step(model, [given_], objective, optimizer, step=0))
     assert results[0].loss == pytest.approx(results[1].loss, rel=1e-13)
     first, second = (gradients(model) for model in models)
     assert all(relative(first[name], second[name]) < 1e-12 for name in first)
@@ -100,7 +100,7 @@ def test_packed_documents_learn_what_they_learn_apart(fresh: Fresh) -> None:
     models = [fresh(), fresh()]
     for model, batches in zip(models, ([packed], [TokenBatch(one), TokenBatch(two)])):
         objective, optimizer = trainer(model)
-        train_step(model, batches, optimizer, objective, step=0)
+        train_step(model, batches, objective, optimizer, step=0)
     first, second = (gradients(model) for model in models)
     assert all(relative(first[name], second[name]) < 1e-12 for name in first)
 
@@ -108,13 +108,13 @@ def test_packed_documents_learn_what_they_learn_apart(fresh: Fresh) -> None:
 def test_gradients_are_clipped_together_and_a_tied_matrix_counts_once(fresh: Fresh) -> None:
     ours, theirs, batch = fresh(), fresh(), rows(2, 8, 4)
     objective, optimizer = trainer(ours)
-    free = train_step(ours, [batch], optimizer, objective, step=0)
+    free = train_step(ours, [batch], objective, optimizer, step=0)
     unclipped = gradients(ours)
     assert "head.projection.weight" not in unclipped
     norm = torch.stack([g.norm() for g in unclipped.values()]).norm()
     assert free.grad_norm == pytest.approx(norm.item(), rel=1e-13)
     objective, optimizer = trainer(theirs)
-    result = train_step(theirs, [batch], optimizer, objective, step=0, clip_norm=0.25 * norm.item())
+    result = train_step(theirs, [batch], objective, optimizer, step=0, clip_norm=0.25 * norm.item())
     assert result.grad_norm == pytest.approx(norm.item(), rel=1e-13)
     clipped = gradients(theirs)
     assert all(relative(clipped[name], 0.25 * unclipped[name]) < 1e-5 for name in clipped)
@@ -126,7 +126,7 @@ def test_a_step_that_can_not_happen_changes_nothing_and_says_why(fresh: Fresh, p
     batch = rows(2, 8, 4)
     calls = counting(model)
     objective, optimizer = trainer(model)
-    train_step(model, [batch], optimizer, objective, step=0)
+    train_step(model, [batch], objective, optimizer, step=0)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     state = str(optimizer.state_dict())
     handle = None
@@ -136,7 +136,7 @@ def test_a_step_that_can_not_happen_changes_nothing_and_says_why(fresh: Fresh, p
         handle = model.head.register_forward_hook(lambda *found: found[-1] * float("inf"))
     else:
         batch = TokenBatch(batch.ids, torch.zeros_like(batch.ids, dtype=torch.bool))
-    result = train_step(model, [batch], optimizer, objective, step=1, clip_norm=1.0)
+    result = train_step(model, [batch], objective, optimizer, step=1, clip_norm=1.0)
     reasons = {
         "a gradient": "norm of the gradients",
         "the loss": "loss is not finite",
@@ -151,7 +151,7 @@ def test_a_step_that_can_not_happen_changes_nothing_and_says_why(fresh: Fresh, p
     else:
         assert handle is not None
         handle.remove()
-    after = train_step(model, [rows(2, 8, 4)], optimizer, objective, step=2)
+    after = train_step(model, [rows(2, 8, 4)], objective, optimizer, step=2)
     assert after.skipped is None
     assert len(calls) == 2
 
@@ -165,7 +165,7 @@ def test_checkpointed_activations_leave_gradients_and_counts_equal(fresh: Fresh)
     for model in (plain, sparing):
         calls.append(counting(model))
         objective, optimizer = trainer(model)
-        results.append(train_step(model, split(batch, [2]), optimizer, objective, step=0))
+        results.append(train_step(model, split(batch, [2]), objective, optimizer, step=0))
     first, second = gradients(plain), gradients(sparing)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert torch.equal(calls[0][0][0]["load"], calls[1][0][0]["load"])
@@ -176,7 +176,7 @@ def test_a_step_without_batches_is_an_error(fresh: Fresh) -> None:
     model = fresh()
     objective, optimizer = trainer(model)
     with pytest.raises(InputError, match="at least one batch"):
-        train_step(model, [], optimizer, objective, step=0)
+        train_step(model, [], objective, optimizer, step=0)
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, -1.0, float("nan"), float("inf")])
@@ -186,5 +186,5 @@ def test_a_norm_that_can_not_clip_is_refused_before_anything_changes(clip_norm: 
     objective, optimizer = trainer(model)
     batch = TokenBatch(torch.arange(8)[None])
     with pytest.raises(InputError, match="clip_norm"):
-        train_step(model, [batch], optimizer, objective, step=0, clip_norm=clip_norm)
+        train_step(model, [batch], objective, optimizer, step=0, clip_norm=clip_norm)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))

@@ -65,7 +65,7 @@ def test_tiny_llama_learns_a_text_by_heart() -> None:
     model = build("tiny-llama", seed=0)
     objective, optimizer = trainer(model, model.spec.with_({"train.learning_rate": 3e-3}))
     batch = TokenBatch(torch.tensor([list(text)]))
-    losses = [train_step(model, [batch], optimizer, objective, step=i, clip_norm=1.0).loss for i in range(60)]
+    losses = [train_step(model, [batch], objective, optimizer, step=i, clip_norm=1.0).loss for i in range(60)]
     assert losses[0] > 5.0  # about ln 256
     assert losses[-1] < 0.1
     (made,) = generate(model, list(text[:10]), max_new_tokens=len(text) - 10)

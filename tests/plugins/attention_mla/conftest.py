@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import composeformer as cf
+from composeformer.model_cache import ModelCache
 
 HIDDEN = 12
 PLUGIN = Path(__file__).resolve().parents[3] / "plugins" / "attention_mla"
@@ -100,15 +101,22 @@ class Lab:
 
     @staticmethod
     def mix(model: Any, x: Tensor, **batch: Any) -> Tensor:
-        """The first layer's mixer over x as a model would call it; `cache` is the mixer's own."""
+        """The first layer's mixer over x as a model would call it; `cache` is the model's or the mixer's own."""
         cache = batch.pop("cache", None)
+        whole = cache if isinstance(cache, ModelCache) else None
+        if whole is not None:
+            cache = whole.get("layers.0.mixer")
         positions = batch.pop("positions", None)
-        if positions is None and cache is not None:
+        if positions is None and cache is not None and whole is None:
             positions = cache.lengths[:, None] + torch.arange(x.shape[1])
         if cache is not None:
             batch.setdefault("phase", "decode" if x.shape[1] == 1 else "prefill")
         ids = torch.zeros(x.shape[:2], dtype=torch.int64)
-        hidden: Tensor = model.layers[0].mixer(x, model.batch(ids, positions, **batch), cache).hidden
+        hidden: Tensor = (
+            model.layers[0].mixer(x, model.batch(ids, positions, cache=whole, **batch), cache).hidden
+        )
+        if whole is not None:
+            whole.advance(ids, batch.get("documents"), batch.get("valid"))
         return hidden
 
     @staticmethod

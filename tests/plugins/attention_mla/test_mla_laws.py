@@ -155,14 +155,44 @@ def test_packed_documents_do_not_see_each_other(lab, close, models, variant, imp
 def test_documents_stay_apart_through_a_cache(lab, close, models, variant, implementation):
     model, x = models(variant, implementation), lab.stream(2, 10)
     documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1, 2, 2]])
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 2, 3, 4, 5, 0, 1]])
     with torch.no_grad():
-        cache = model.layers[0].mixer.new_cache(2, 10)
+        cache = model.new_cache(2, 10)
         parts = []
         for start, end in ((0, 3), (3, 7), (7, 8), (8, 9), (9, 10)):
-            part = {"positions": positions[:, start:end], "documents": documents[:, start:end]}
-            parts.append(lab.mix(model, x[:, start:end], cache=cache, **part))
+            parts.append(lab.mix(model, x[:, start:end], cache=cache, documents=documents[:, start:end]))
     close(torch.cat(parts, 1), lab.mix(model, x, documents=documents).detach(), BOUND)
+
+
+def unwritten(cache):
+    """Slots that hold no token of their row."""
+    return (cache.orders < 0) | (cache.orders >= cache.lengths[:, None])
+
+
+@cases
+@quick
+@given(data=st.data(), packed=st.booleans(), room=st.integers(0, 2))
+def test_padding_anywhere_through_a_cache_changes_nothing(
+    lab, close, models, variant, implementation, data, packed, room
+):
+    """Any chunks, NaN in the padding: each document is as alone, and no window loses a token to padding."""
+    model, x, tokens = models(variant, implementation), lab.stream(2, 10), 10
+    flags = st.lists(st.booleans(), min_size=tokens, max_size=tokens)
+    valid = torch.tensor([data.draw(flags, label="real") for _ in range(2)])
+    documents = torch.tensor([data.draw(flags, label="starts") for _ in range(2)]).cumsum(1) * packed
+    chunks = data.draw(st.lists(st.integers(1, 6), min_size=10, max_size=10), label="chunks")
+    x = x.masked_fill(~valid[..., None], torch.nan)
+    with torch.no_grad():
+        cache, parts, start = model.new_cache(2, tokens, room), [], 0
+        for size in chunks:
+            part = slice(start, min(start := start + size, tokens))
+            if x[:, part].shape[1]:
+                told = {"valid": valid[:, part], "documents": documents[:, part] if packed else None}
+                parts.append(lab.mix(model, x[:, part], cache=cache, **told))
+        for row, found in enumerate(torch.cat(parts, 1)):
+            for document in documents[row].unique():
+                own = valid[row] & (documents[row] == document)
+                if own.any():
+                    close(found[own], lab.mix(model, x[row, own][None])[0], BOUND)
 
 
 @cases
@@ -184,7 +214,7 @@ def test_garbage_in_unwritten_slots_changes_nothing(lab, close, models, variant,
             cache.rollback(torch.tensor([2, 0]))
             cache.rollback(torch.tensor([0, 1]))
             for tensor in cache.tensors.values():
-                tensor[cache.positions < 0] = garbage
+                tensor[unwritten(cache)] = garbage
             positions_now = torch.tensor([[2], [4]])
             parts.append(lab.mix(model, x[:, 5:], positions=positions_now, cache=cache))
             found.append(torch.cat(parts, 1))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from composeformer.assemble import build
 from composeformer.decoder import Model
+from composeformer.model_cache import ModelCache
 from composeformer.spec import Spec
 
 HIDDEN = 12
@@ -59,15 +60,20 @@ class Lab:
 
     @staticmethod
     def mix(model: Model, x: Tensor, **batch: Any) -> Tensor:
-        """The first layer's mixer over x as a model would call it; `cache` is the mixer's own."""
+        """The first layer's mixer over x as a model would call it; `cache` is the model's or the mixer's own."""
         cache = batch.pop("cache", None)
+        whole = cache if isinstance(cache, ModelCache) else None
+        if whole is not None:
+            cache = whole.get("layers.0.mixer")
         positions = batch.pop("positions", None)
-        if positions is None and cache is not None:
+        if positions is None and cache is not None and whole is None:
             start = cache.lengths[:, None]
             positions = start + torch.arange(x.shape[1])
         ids = torch.zeros(x.shape[:2], dtype=torch.int64)
         mixer: Any = model.layers[0].mixer
-        hidden: Tensor = mixer(x, model.batch(ids, positions, **batch), cache).hidden
+        hidden: Tensor = mixer(x, model.batch(ids, positions, cache=whole, **batch), cache).hidden
+        if whole is not None:
+            whole.advance(ids, batch.get("documents"), batch.get("valid"))
         return hidden
 
     @staticmethod
