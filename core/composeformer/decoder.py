@@ -12,9 +12,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from composeformer.blame import blame, described
 from composeformer.cache import MixerCache
 from composeformer.contracts import Phase
 from composeformer.counting import count_documents, count_positions
+from composeformer.errors import PluginError, one_of
 from composeformer.inputs import check_counts, check_forward
 from composeformer.model_cache import ModelCache
 from composeformer.spec import Spec
@@ -150,6 +152,16 @@ class Model(nn.Module):
         caches: dict[str, MixerCache] = {}
         for index, layer in enumerate(self.layers):
             mixer: Any = layer.mixer
-            if mixer is not None:
-                caches[f"layers.{index}.mixer"] = mixer.new_cache(batch_size, max_length, max_rollback)
+            if mixer is None:
+                continue
+            path = f"layers.{index}.mixer"
+            node = self.spec.plan.layers[index]["mixer"]
+            with blame(self.spec.registry, node.part, path, "new_cache"):
+                caches[path] = mixer.new_cache(batch_size, max_length, max_rollback)
+            lacking = [
+                name for name in ("rollback", "reorder", "num_bytes") if not hasattr(caches[path], name)
+            ]
+            if lacking:
+                told = f"new_cache gives a {type(caches[path]).__name__} without {one_of(lacking)}"
+                raise PluginError(f"{described(self.spec.registry, node.part, path)}: {told}")
         return ModelCache(caches, batch_size, max_length, self.device, max_rollback)

@@ -1,6 +1,7 @@
 """The decoder's calls: padding, packed documents and caches in any mixture against each document alone."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from composeformer.assemble import build
-from composeformer.errors import InputError
+from composeformer.errors import InputError, PluginError
 from composeformer.spec import Spec
 
 VOCAB, LIMIT, ROWS = 31, 48, 2
@@ -303,3 +304,17 @@ def test_a_reorder_of_rows_that_are_not_there_is_refused(model, index):
     cache = model.new_cache(2, 20)
     with pytest.raises(InputError, match="reorder index"):
         cache.reorder(index)
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (lambda *_: None, "new_cache gives a NoneType without rollback, reorder, num_bytes"),
+        (lambda *_: 1 / 0, "new_cache: ZeroDivisionError"),
+    ],
+)
+def test_a_mixer_whose_cache_is_none_is_named(made: Any, told: str) -> None:
+    model = build("tiny-llama")
+    model.layers[1].mixer.__dict__["new_cache"] = made
+    with pytest.raises(PluginError, match=rf"plugin dense .*: mixer gqa at layers\.1\.mixer: {told}"):
+        model.new_cache(1, 8)
