@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from composeformer.cli.options import device_options, json_option, print_json
+from composeformer.cli.options import device_options, json_option, print_json, progress
 from composeformer.errors import InputError
 
 
@@ -65,7 +65,8 @@ def command(
     from composeformer.store import load, tokenizer_of
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    model = load(folder, device=device, dtype=dtype)
+    with progress("loading") as advance:
+        model = load(folder, device=device, dtype=dtype, progress=advance)
     tokenizer = tokenizer_of(model)
     if tokenizer is None:
         raise InputError(f"{folder}: has no tokenizer.json, so it takes token ids only (from Python)")

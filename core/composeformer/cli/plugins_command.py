@@ -126,6 +126,7 @@ def _print_info(info: Any) -> None:
         for column in ("field", "allowed", "default", "meaning"):
             table.add_column(column, overflow="fold")
         for name, facts in facts_of(component.config).items():
-            default = "required" if facts.required else show(facts.default)
+            only = "the only one of its slot" if facts.slot else "required"
+            default = only if facts.required else "absent" if facts.default is None else show(facts.default)
             table.add_row(name, escape(describe(facts)), escape(default), escape(facts.help))
         screen.print(table)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from composeformer.cli.options import console, json_option, plural, print_json
+from composeformer.cli.options import console, json_option, plural, print_json, progress
 
 
 def _finite(_: click.Context, __: click.Parameter, value: float) -> float:
@@ -39,7 +39,9 @@ def command(folder: Path, against: Path, tolerance: float, tokens: int, hashes: 
     from composeformer.store import verify
     from composeformer.store.loading import open_any
 
-    ours, theirs = open_any(folder, check_hashes=hashes), open_any(against, check_hashes=hashes)
+    with progress("loading") as advance:
+        ours = open_any(folder, check_hashes=hashes, progress=advance)
+        theirs = open_any(against, check_hashes=hashes, progress=advance)
     verdict = verify(ours, theirs, tolerance=tolerance, tokens=tokens)
     if as_json:
         print_json(verdict.to_dict())

@@ -119,11 +119,16 @@ def read_config(root: Path) -> dict[str, Any]:
     return config
 
 
-def open_any(path: "str | os.PathLike[str]", *, check_hashes: bool = False) -> Model:
+def open_any(
+    path: "str | os.PathLike[str]",
+    *,
+    check_hashes: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
     """The model of a folder, or of a GGUF file without writing a folder."""
     where = Path(path)
     if where.is_dir() or not where.exists():
-        return load(where, check_hashes=check_hashes)
+        return load(where, check_hashes=check_hashes, progress=progress)
     from composeformer.gguf import open_gguf
 
     with open_gguf(where) as file:
@@ -131,5 +136,5 @@ def open_any(path: "str | os.PathLike[str]", *, check_hashes: bool = False) -> M
             dialect = find(file.metadata)
             document = dialect.to_spec(file.metadata, shapes(file), file.get)
         model = skeleton(Spec.from_dict(document, label=str(where)))
-        fill(model, read(model.spec, dialect.name, file, where), "cpu")
+        fill(model, read(model.spec, dialect.name, file, where), "cpu", progress)
     return model
