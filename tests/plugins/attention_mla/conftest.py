@@ -1,7 +1,7 @@
 """One-layer models in float64 around latent attention, and streams to feed it.
 
 Where the plugin's entry point is not installed, as in a fresh checkout, a distribution that has it stands on
-the path for the session.
+the path for the test run.
 """
 
 import sys
