@@ -16,6 +16,7 @@ from composeformer.config import facts_of
 from composeformer.contracts import Linear, Part, Phase, Weight
 from composeformer.decoder import Layer, Model
 from composeformer.errors import InputError, PluginError, join, one_of
+from composeformer.exchange import Exchange
 from composeformer.filling import fill
 from composeformer.implementations import Chooser, serve
 from composeformer.init import initial
@@ -39,12 +40,12 @@ class TensorSite:
         self._taken: set[str] = set()
         site = node.site
         self.path, self.slot, self.layer, self.width = site.path, site.slot, site.layer, site.width
-        self.spec, self.sublayers = site.spec, site.sublayers
+        self.spec, self.sublayers, self.sizes = site.spec, site.sublayers, site.sizes
         self.hidden_size, self.num_layers = site.hidden_size, site.num_layers
 
     def linear(self, name: str) -> Any:
         """The linear map declared as `name`, as the precision policy computes it."""
-        return self._builder.linear(join(self.path, name), self._take(name, self._node.linears, "linear map"))
+        return self._builder.linear(self.path, self._take(name, self._node.linears, "linear map"))
 
     def weight(self, name: str) -> Any:
         """The tensor declared as `name`: a parameter, or a buffer if it does not train."""
@@ -53,6 +54,18 @@ class TensorSite:
     def part(self, name: str) -> Any:
         """The module of the part declared as `name`."""
         return self._builder.module(self._take(name, self._node.children, "part"))
+
+    @property
+    def comm(self) -> Exchange:
+        """What moves tokens to the groups of linear maps that this part declares, and back."""
+        groups = {each.groups for each in self._node.linears.values() if each.shard == "group"}
+        if len(groups) != 1:
+            raise PluginError(f'{self} exchanges tokens but declares no linear maps with shard = "group"')
+        return self._builder.exchange(groups.pop() or 1)
+
+    def shared(self, slot: str) -> "Shared":
+        """The model's own `embedding` or `head`, to be called; its tensors stay where they are."""
+        return Shared(self._builder.ends[slot])
 
     def replicated(self, x: Tensor) -> Tensor:
         """`x`, which every process holds and local heads read; its gradients are summed over processes."""
@@ -78,6 +91,16 @@ class TensorSite:
         return declared[name]
 
 
+class Shared:
+    """A module that belongs to another place in the model: called here, registered there."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._module(*args, **kwargs)
+
+
 class Builder:
     """Constructs one model on the meta device, with implementations for a `device` type."""
 
@@ -85,10 +108,10 @@ class Builder:
         self.spec = spec
         precision = spec.single("precision")
         self.chooser = Chooser(device, precision.config.activations)
-        site = Site(path="precision", slot="precision", layer=None, width=spec.model.hidden_size, spec=spec)
-        policy = self.chooser.choose(precision, precision.config, site)["train"]
-        self.policy = lazy.load(policy.module)(precision.config)
+        self.policy = lazy.load(self._run_part(precision))(precision.config)
+        self._comm: tuple[Any, Part] | None = None
         self.choices: dict[str, dict[Phase, str]] = {}
+        self.ends: dict[str, nn.Module] = {}
         self.tables: dict[str, Any] = {}
         self._tensors: dict[str, Tensor] = {}
         self._positions: dict[tuple[object, ...], Any] = {}
@@ -98,8 +121,6 @@ class Builder:
         implementation serves a part.
         """
         plan = self.spec.plan
-        if plan.predictor is not None:
-            raise InputError(f"predictor {plan.predictor.part.kind}: no predictor can be built yet")
         with torch.device("meta"):
             embedding = self.module(plan.embedding)
             layers = []
@@ -107,7 +128,9 @@ class Builder:
                 parts = {slot: self.module(node) for slot, node in nodes.items()}
                 layers.append(Layer(parts.get("mixer"), parts.get("ffn"), parts["residual"]))
             residual, head = self.module(plan.residual), self.module(plan.head)
-            ends = embedding, layers, residual, head
+            self.ends = {"embedding": embedding, "head": head}
+            predictor = None if plan.predictor is None else self.module(plan.predictor)
+            ends = embedding, layers, residual, head, predictor
             model = Model(self.spec, *ends, self.tables, self.policy.activations, self.choices)
         agree(model, plan)
         return model
@@ -128,8 +151,16 @@ class Builder:
             self._positions[key] = self.tables[name] = module
         return self._positions[key]  # type: ignore[no-any-return]
 
-    def linear(self, role: str, declared: Linear) -> nn.Module:
-        owner = role.rpartition(".")[0]
+    def exchange(self, groups: int) -> Exchange:
+        """The communication backend for a part with this many groups."""
+        if self._comm is None:
+            part = self.spec.single("comm")
+            self._comm = lazy.load(self._run_part(part)), part
+        made: Exchange = self._comm[0](self._comm[1].config, groups)
+        return made
+
+    def linear(self, owner: str, declared: Linear) -> nn.Module:
+        role = join(owner, declared.name)
         weights = [self.tensor(join(owner, w.name), w, role, declared.sensitive) for w in declared.weights]
         bias = weights[1] if declared.bias else None
         module: nn.Module = self.policy.linear(role, declared, weights[0], bias)
@@ -149,6 +180,13 @@ class Builder:
             empty = torch.empty(weight.shape, dtype=DTYPES[stored], device="meta")
             self._tensors[name] = nn.Parameter(empty) if weight.trains else nn.Buffer(empty)
         return self._tensors[name]
+
+    def _run_part(self, part: Part) -> str:
+        """The dotted name of what serves a part that the model has one of, and that never learns the phase."""
+        site = Site(
+            path=part.slot, slot=part.slot, layer=None, width=self.spec.model.hidden_size, spec=self.spec
+        )
+        return self.chooser.choose(part, part.config, site)["train"].module
 
     def _implemented(self, node: Node) -> nn.Module:
         chosen = self.chooser.choose(node.stated, node.part.config, node.site)

@@ -40,8 +40,8 @@ class MixerCache(Protocol):
 class Cached(NamedTuple):
     """The tensors (B, S, ...) by name, and which of their S tokens each of the T queries sees.
 
-    `seen` None: S is T, and each query sees itself and all before it. The first axis of `seen` is 1 where all
-    rows see alike. A query of padding may see none.
+    `seen` None: the queries are the last T of the S tokens, and each sees itself and all before it; S is T, or
+    T is 1. The first axis of `seen` is 1 where all rows see alike. A query of padding may see none.
     """
 
     tensors: Mapping[str, Tensor]
@@ -146,18 +146,26 @@ class TokenCache:
         )
 
     def _read(self, batch: Batch, order: Tensor) -> Cached:
-        end = self.slots if self.ring else self.bound
+        wrapped = self.ring and (self.bound >= self.slots or not self._level)
+        end = self.slots if wrapped else self.bound
+        tensors = {name: tensor[:, :end] for name, tensor in self._stored.items()}
         documents = None if self._documents is None else self._documents[:, :end]
-        filled = not self.ring or (self._level and self.bound >= self.slots)
-        seen = visible(order, self._keys(end), batch.documents, documents, self.window, holes=not filled)
-        return Cached({name: tensor[:, :end] for name, tensor in self._stored.items()}, seen)
+        alike = self._level and documents is None
+        if alike and order.shape[1] == 1 and (self.window is None or end <= self.window):
+            return Cached(tensors, None)
+        holes = self.ring and not self._level
+        return Cached(
+            tensors,
+            visible(order, self._keys(end), batch.documents, documents, self.window, holes=holes),
+        )
 
     def _keys(self, end: int) -> Tensor:
         """The order of the tokens in the first slots, (1, S) where all rows are alike."""
+        places = self._places[:, :end]
         if not self.ring:
-            return self._places[:, :end]
+            return places
         newest = self.bound - 1 if self._level else self.lengths[:, None] - 1
-        return newest - (newest - self._places) % self.slots
+        return newest - (newest - places) % self.slots
 
     def _write(self, batch: Batch, tensors: Mapping[str, Tensor], order: Tensor) -> None:
         """Writes all tokens that a later query can see, and moves every row on."""

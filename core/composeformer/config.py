@@ -43,6 +43,9 @@ _WORDS: dict[Kind, str] = {
 }
 _METADATA = "composeformer"
 
+# What stands in place of a slot for a field that takes the parts of a layer.
+LAYER = "layer"
+
 
 @attrs.frozen
 class FieldFacts:
@@ -107,6 +110,15 @@ def part(slot: str, *, optional: bool = False, help: str = "", affects: Affects 
     return attrs.field(default=None if optional else attrs.NOTHING, kw_only=True, metadata={_METADATA: facts})
 
 
+def layer(*, help: str = "", affects: Affects = "function") -> Any:
+    """A field that takes the parts of a layer, as an entry of `[[layers]]` does: `{ mixer = ..., ffn = ... }`.
+
+    When absent the value is None.
+    """
+    facts = {"help": help, "affects": affects, "slot": LAYER, "optional": True}
+    return attrs.field(default=None, kw_only=True, metadata={_METADATA: facts})
+
+
 class Config:
     """Base of every config: states the tensors and costs of a part, without torch.
 
@@ -135,7 +147,7 @@ class Config:
         return ()
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, part))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, layer, part))
 def config(cls: type[T]) -> type[T]:
     """Makes a frozen, keyword-only, hashable config class."""
     return attrs.frozen(cls, kw_only=True, slots=False)
@@ -155,7 +167,7 @@ def _facts_of(cls: Any) -> dict[str, FieldFacts]:
 def _facts(cls: type[Config], attribute: "attrs.Attribute[Any]", hint: Any) -> FieldFacts:
     stated = dict(attribute.metadata.get(_METADATA) or {})
     if not stated:
-        raise TypeError(f"{cls.__name__}.{attribute.name} is not made with field() or part()")
+        raise TypeError(f"{cls.__name__}.{attribute.name} is not made with field(), part() or layer()")
     optional = bool(stated.pop("optional", False))
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         members = [m for m in typing.get_args(hint) if m is not type(None)]
@@ -273,6 +285,8 @@ def _refusal(fact: FieldFacts, found: object) -> str | None:
 
 def describe(fact: FieldFacts) -> str:
     """What a field accepts, in words: `an integer >= 1 (features)`."""
+    if fact.slot == LAYER:
+        return "a table with a mixer and an ffn"
     if fact.kind is None:
         return f"a {fact.slot} component"
     words = f"one of {one_of(str(c) for c in fact.choices)}" if fact.choices else _WORDS[fact.kind]

@@ -6,7 +6,7 @@ Quantities are in elements and floating-point operations (two for a multiply and
 bytes or seconds: a precision policy and a machine turn one into the other.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
@@ -53,6 +53,8 @@ SINGLE = (
     "schedule",
     "data",
 )
+# What a layer can have, in the order of computation.
+SUBLAYERS = ("mixer", "ffn")
 # These describe a run and are never part of a model's identity.
 RUN_SLOTS = ("precision", "comm", "objective", "optimizer", "schedule", "data")
 
@@ -208,13 +210,31 @@ class Part:
         return dict(self.implementation).get(phase, "auto")
 
 
+@attrs.frozen
+class LayerParts:
+    """What one layer joins; None where the layer has none."""
+
+    mixer: Part | None
+    ffn: Part | None
+
+    def items(self) -> list[tuple[str, Part]]:
+        """Slot and part of what is there, in the order of computation."""
+        return [(slot, part) for slot, part in (("mixer", self.mixer), ("ffn", self.ffn)) if part is not None]
+
+
 @attrs.frozen(kw_only=True)
 class Child:
-    """A part inside a part: built at `<path>.<name>`, `width` features wide."""
+    """A part inside a part: built at `<path>.<name>`, `width` features wide.
+
+    `sublayers` names what a residual joins there, `sizes` what the parent tells of itself (a router's number
+    of experts); both are read from the child's site.
+    """
 
     name: str
     part: Part
     width: int
+    sublayers: tuple[str, ...] = ()
+    sizes: Mapping[str, int] = attrs.field(factory=dict)
 
 
 Declared = Linear | Weight | Child
@@ -270,7 +290,16 @@ class Saved:
     elements: int
 
 
-Cost = Core | Cache | Exchange | Saved
+@attrs.frozen(kw_only=True)
+class Uses:
+    """A part of the model that this one runs again, `times` for each token: a predictor the head."""
+
+    name: str
+    slot: str
+    times: int
+
+
+Cost = Core | Cache | Exchange | Saved | Uses
 
 
 def mean_keys(context: float, window: int | None, causal: bool) -> float:

@@ -16,11 +16,11 @@ from composeformer.blame import blame, described
 from composeformer.cache import MixerCache
 from composeformer.contracts import Phase
 from composeformer.counting import count_documents, count_positions
-from composeformer.errors import PluginError, one_of
+from composeformer.errors import InputError, PluginError, one_of
 from composeformer.inputs import check_counts, check_forward
 from composeformer.model_cache import ModelCache
 from composeformer.spec import Spec
-from composeformer.tensors import Batch, ModelOutput, Output, merge
+from composeformer.tensors import Batch, ModelOutput, Output, Prediction, Rotary, merge
 
 
 class Layer(nn.Module):
@@ -56,6 +56,7 @@ class Model(nn.Module):
         layers: Sequence[Layer],
         residual: nn.Module,
         head: nn.Module,
+        predictor: nn.Module | None,
         tables: Mapping[str, nn.Module],
         activations: torch.dtype,
         choices: Mapping[str, Mapping[Phase, str]],
@@ -65,6 +66,7 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.residual: Any = residual
         self.head = head
+        self.predictor: Any = predictor
         self.spec = spec
         self.activations = activations
         self.choices = choices
@@ -87,8 +89,12 @@ class Model(nn.Module):
         cache: ModelCache | None = None,
         last_only: bool = False,
         phase: Phase | None = None,
+        predict: bool | None = None,
     ) -> ModelOutput:
         """Logits (B, T, V) and side results; with `last_only` the logits of the last position alone.
+
+        With `predict` a model that has a predictor gives its predictions too; by default it does so without a
+        cache while it is in training mode (`model.train()`).
 
         `valid` is False at padding, which may stand anywhere. `documents` are ids of packed documents, which
         do not see each other and whose positions start anew; an id that comes back after another is a new
@@ -109,9 +115,17 @@ class Model(nn.Module):
         if cache is not None:
             cache.advance(ids, documents, valid)
         hidden = self.residual.close(stream)
-        if last_only:
-            hidden = hidden[:, -1:]
-        return ModelOutput(self.head(hidden), hidden, merge(aux))
+        logits = self.head(hidden[:, -1:] if last_only else hidden)
+        predictions: Sequence[Prediction] = ()
+        if self.predictor is not None and self._predicts(predict, cache, batch):
+            predictions = tuple(self.predictor(stream, hidden, batch))
+            aux += [prediction.aux for prediction in predictions]
+        return ModelOutput(logits, hidden, merge(aux), predictions)
+
+    def _predicts(self, predict: bool | None, cache: ModelCache | None, batch: Batch) -> bool:
+        if predict and cache is not None:
+            raise InputError("predict: with a cache a predictor drafts instead (`model.predictor.draft`)")
+        return (self.training and cache is None and batch.phase == "train") if predict is None else predict
 
     def batch(
         self,
@@ -140,8 +154,11 @@ class Model(nn.Module):
                 positions = positions + cache.lengths[:, None]
         if phase is None:
             phase = "train" if cache is None else "decode" if ids.shape[1] == 1 else "prefill"
-        tables = {key: table(positions) for key, table in self._tables.items()}
-        return Batch(ids, positions, documents, valid, tables, phase)
+        return Batch(ids, positions, documents, valid, self.rotary(positions), phase)
+
+    def rotary(self, positions: Int[Tensor, "B T"]) -> dict[str, Rotary]:
+        """The rotary tables of these positions, by key."""
+        return {key: table(positions) for key, table in self._tables.items()}
 
     def new_cache(self, batch_size: int, max_length: int, max_rollback: int = 0) -> ModelCache:
         """Empty caches for `batch_size` rows of at most `max_length` tokens, padding included, of which a row

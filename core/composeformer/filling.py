@@ -1,7 +1,9 @@
 """Values for a model on the meta device: each tensor by name, an alias together with what it is."""
 
+import os
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor, nn
 
 from composeformer.errors import InputError, join, nearest, one_of
@@ -18,9 +20,11 @@ def fill(
     """Gives every parameter and buffer its value, on `device` and in the model's dtype; aliases stay aliases.
 
     `progress(done, total)` counts tensors. Raises InputError for a name that the model does not have, a
-    second value, another shape, or tensors without a value.
+    second value, another shape, or tensors without a value; and before anything is taken for a model that is
+    larger than the device's memory.
     """
     open_places = places(model)
+    check_room(open_places, device)
     names = {name: key for key, (_, owners) in open_places.items() for name, _, _ in owners}
     total = len(open_places)
     for name, value in values:
@@ -41,6 +45,25 @@ def fill(
             progress(total - len(open_places), total)
     if open_places:
         raise InputError(f"no value given for {one_of(owners[0][0] for _, owners in open_places.values())}")
+
+
+def check_room(found: Places, device: str) -> None:
+    """Raises InputError for tensors that the device's whole memory can not hold."""
+    needed = sum(tensor.nbytes for tensor, _ in found.values())
+    there = memory(device)
+    if there is not None and needed > there:
+        sizes = f"{needed / 1e9:,.1f} GB of tensors are more than the {there / 1e9:,.1f} GB of {device}"
+        raise InputError(f"{sizes}; on the device meta a model has shapes only")
+
+
+def memory(device: str) -> int | None:
+    """Bytes of memory that a device has in all, None where nothing tells."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if kind != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def places(model: nn.Module) -> Places:

@@ -5,32 +5,41 @@ draws just those. Values are drawn in fp32 on the CPU and then cast.
 """
 
 from hashlib import blake2b
+from math import prod
 
 import torch
 from torch import Tensor
 
 from composeformer.contracts import Constant, Normal, Weight
+from composeformer.errors import InputError
 
 
 def initial(name: str, weight: Weight, seed: int, default_std: float) -> Tensor:
     """The initial value of a declared tensor, on the CPU: fp32, or its own dtype when that is no float.
 
-    A tensor that states no `init` is normal with `default_std`; three dimensions are groups.
+    A tensor that states no `init` is normal with `default_std`; three dimensions are groups. Raises InputError
+    for one that is too large for this machine, before any is drawn.
     """
     init = weight.init if weight.init is not None else Normal(default_std)
     if isinstance(init, Constant):
         dtype = {"int64": torch.int64, "bool": torch.bool}.get(weight.dtype or "", torch.float32)
         return torch.full(weight.shape, init.value, dtype=dtype)
-    if len(weight.shape) == 3:
-        groups = range(weight.shape[0])
-        return torch.stack([_normal(weight.shape[1:], init.std, seed, name, group) for group in groups])
-    return _normal(weight.shape, init.std, seed, name, None)
+    value = _empty(name, weight.shape)
+    groups = list(value) if value.ndim == 3 else [value]
+    for group, part in enumerate(groups):
+        _draw(part, init.std, f"{seed}/{name}/{group}" if value.ndim == 3 else f"{seed}/{name}")
+    return value
 
 
-def _normal(shape: tuple[int, ...], std: float, seed: int, name: str, group: int | None) -> Tensor:
-    key = f"{seed}/{name}" if group is None else f"{seed}/{name}/{group}"
+def _empty(name: str, shape: tuple[int, ...]) -> Tensor:
+    try:
+        # The default dtype is the process's; a seed must not depend on it.
+        return torch.empty(shape, dtype=torch.float32)
+    except RuntimeError:
+        told = f"{4 * prod(shape):,} bytes are more than this machine can allocate"
+        raise InputError(f"{name}: {told}; on the device `meta` a model has shapes only") from None
+
+
+def _draw(value: Tensor, std: float, key: str) -> None:
     number = int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
-    # The default dtype is the process's; a seed must not depend on it.
-    return torch.empty(shape, dtype=torch.float32).normal_(
-        0.0, std, generator=torch.Generator().manual_seed(number)
-    )
+    value.normal_(0.0, std, generator=torch.Generator().manual_seed(number))

@@ -4,6 +4,7 @@ A config reads the site on the description plane to declare tensors and check it
 extends it with the linear maps, weights and children that were declared.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import attrs
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 @attrs.frozen(kw_only=True)
 class Site:
     """`path` is the dotted place (`layers.3.mixer`), `layer` its number (None outside layers), `width` the
-    features of its input. `sublayers` names what a residual joins, in order; empty at a model's ends.
+    features of its input. `sublayers` names what a residual joins, in order; empty at a model's ends. `sizes`
+    is what the part around it tells: `num_experts` to a router.
     """
 
     path: str
@@ -27,6 +29,7 @@ class Site:
     width: int
     spec: "Spec" = attrs.field(repr=False)
     sublayers: tuple[str, ...] = ()
+    sizes: Mapping[str, int] = attrs.field(factory=dict)
 
     @property
     def hidden_size(self) -> int:
@@ -36,9 +39,12 @@ class Site:
     def num_layers(self) -> int:
         return len(self.spec.layers)
 
-    def part(self, part: Part, name: str, width: int | None = None) -> Child:
+    def part(
+        self, part: Part, name: str, width: int | None = None, sublayers: tuple[str, ...] = (), **sizes: int
+    ) -> Child:
         """Declares a child at `<path>.<name>`; its width is this site's unless given."""
-        return Child(name=name, part=part, width=self.width if width is None else width)
+        width = self.width if width is None else width
+        return Child(name=name, part=part, width=width, sublayers=sublayers, sizes=sizes)
 
     def below(self, child: Child) -> "Site":
         """The site of a declared child."""
@@ -48,4 +54,6 @@ class Site:
             layer=self.layer,
             width=child.width,
             spec=self.spec,
+            sublayers=child.sublayers,
+            sizes=child.sizes,
         )

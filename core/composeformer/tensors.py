@@ -59,13 +59,38 @@ class Output(NamedTuple):
     aux: Aux = NO_AUX
 
 
+class Routing(NamedTuple):
+    """Which experts each token goes to, and what their outputs are multiplied by, in fp32 or wider.
+
+    A token names K distinct experts; the number of experts itself stands for none.
+    """
+
+    indices: Int[Tensor, "*N K"]
+    weights: Float[Tensor, "*N K"]
+    aux: Aux = NO_AUX
+
+
+class Prediction(NamedTuple):
+    """What a predictor makes of the first T - k tokens: logits of the token k + 1 places on, k its depth.
+
+    `batch` holds the tokens that each is to be followed by, so that an objective finds its labels as it does
+    the model's own. `share` is this depth's share of the predictor's loss weight.
+    """
+
+    logits: Float[Tensor, "B S V"]
+    hidden: Float[Tensor, "B S D"]
+    batch: Batch
+    share: float
+    aux: Aux = NO_AUX
+
+
 class ModelOutput(NamedTuple):
     """What a model gives back: logits, the normalised last hidden state, side results, further predictions."""
 
     logits: Float[Tensor, "B T V"]
     hidden: Float[Tensor, "B T D"]
     aux: Aux = NO_AUX
-    predictions: Sequence[Output] = ()
+    predictions: Sequence[Prediction] = ()
 
 
 def merge(parts: Sequence[Aux]) -> Aux:

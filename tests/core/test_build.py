@@ -428,3 +428,8 @@ def test_a_part_that_is_never_told_the_phase_has_one_implementation() -> None:
     assert set(chosen.values()) == {"other"}
     with pytest.raises(ComposeError, match="a norm is not told the phase; choose one implementation for all"):
         skeleton(found({"decode": "other", "train": "reference"}))
+
+
+def test_a_model_larger_than_the_machine_is_refused_before_anything_is_drawn():
+    with pytest.raises(InputError, match=r"1,?\d*,?\d*\.\d GB of tensors are more than the .* GB of cpu"):
+        build("deepseek-v3", dtype="bfloat16")

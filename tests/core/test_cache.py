@@ -18,9 +18,14 @@ def make(rows=1, length=8, **options):
 
 
 def feed(cache, serials, documents=None, valid=None):
-    """Appends tokens whose payload is their serial number; returns what came back."""
+    """Appends tokens whose payload is their serial number; returns what came back, its mask written out."""
     batch = Batch(torch.zeros_like(serials), torch.zeros_like(serials), documents, valid)
-    return cache.append(batch, k=serials[..., None].float().expand(*serials.shape, 2), v=serials.float())
+    cached = cache.append(batch, k=serials[..., None].float().expand(*serials.shape, 2), v=serials.float())
+    if cached.seen is not None:
+        return cached
+    queries, keys = serials.shape[1], cached.tensors["v"].shape[1]
+    assert queries in (1, keys)
+    return cached._replace(seen=torch.ones(1, queries, keys, dtype=torch.bool).tril(keys - queries))
 
 
 def numbered(rows, tokens):
@@ -29,9 +34,7 @@ def numbered(rows, tokens):
 
 def seen_by(cached, query, row=0):
     """Serial numbers that the new token at place `query` of a row may see, in order."""
-    tokens = cached.tensors["v"].shape[1]
-    seen = torch.ones(tokens, tokens).tril()[None].bool() if cached.seen is None else cached.seen
-    mask = seen.expand(len(cached.tensors["v"]), -1, -1)[row, query]
+    mask = cached.seen.expand(len(cached.tensors["v"]), -1, -1)[row, query]
     keys, values = cached.tensors["k"][row, mask], cached.tensors["v"][row, mask]
     assert torch.equal(keys[:, 0], values)
     assert torch.equal(keys[:, 1], values)

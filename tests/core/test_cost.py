@@ -78,11 +78,10 @@ def test_counts_are_the_closed_form(n: dict[str, int], context: int) -> None:
 def plain(data: dict[str, Any]) -> dict[str, Any]:
     """The spec in float32, its mixers without windows, computed by the reference."""
     data = {key: value for key, value in data.items() if key != "precision"}
-    mixers = data["mixer"]
-    tables = [mixers] if "kind" in mixers else mixers.values()
-    for table in tables:
-        table.pop("window", None)
-        table["implementation"] = REFERENCE
+    for slot in ("mixer", "ffn"):
+        for table in [data[slot]] if "kind" in data[slot] else data[slot].values():
+            table.pop("window", None)
+            table["implementation"] = REFERENCE
 
     def entries(layers: list[Any]) -> None:
         for entry in layers:
@@ -90,22 +89,42 @@ def plain(data: dict[str, Any]) -> dict[str, Any]:
                 entry["mixer"].pop("window", None)
             entries(entry.get("layers", []))
 
-    entries(data["layers"])
+    entries([*data["layers"], data.get("predictor", {}).get("layer", {})])
     data["model"]["max_position_embeddings"] = 4096
     return data
 
 
-@settings(deadline=None, max_examples=25)
-@given(specs(run=False), st.integers(2, 9))  # a single token's products are no matrix products
+def routed(nodes: Any) -> int:
+    """Operations of the routers, which the convention leaves out."""
+    return sum(one.flops for node in nodes if node.slot == "router" for one in node.linears.values())
+
+
+@settings(deadline=None, max_examples=40)
+@given(specs(run=False), st.integers(4, 9))  # a single token's products are no matrix products
 def test_operations_are_those_that_a_forward_counts_with_a_full_mask(
     data: dict[str, Any], tokens: int
 ) -> None:
+    """A predictor's depth k computes its layer and the head for the tokens that have k after them."""
     model = build(Spec.from_dict(plain(data)))
     ids = torch.zeros(2, tokens, dtype=torch.int64)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(ids)
+    plan = model.spec.plan
+
+    def counted(predict: bool) -> float:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(ids, predict=predict)
+        return float(counter.get_total_flops()) / 2
+
+    main = [node for layer in plan.layers for top in layer.values() for node in top.walk()]
     told = cost(model.spec, context=tokens, causal=False).flops_per_token.forward
-    assert counter.get_total_flops() == 2 * tokens * told
+    without = counted(False)
+    assert without == tokens * (told + routed(main))
+    if plan.predictor is not None:
+        depth, wanted = plan.predictor.part.config.depth, 0.0
+        for left in range(tokens - depth, tokens):
+            flops = cost(model.spec, context=left, causal=False).flops_per_token
+            extra = (flops.training_with_predictor - flops.training) / 3 + routed(plan.predictor.walk())
+            wanted += left * extra / depth
+        assert counted(True) - without == pytest.approx(wanted, rel=1e-12)
 
 
 @settings(deadline=None, max_examples=25)
@@ -114,8 +133,9 @@ def test_counts_and_cache_are_those_of_what_is_built(data: dict[str, Any], rows:
     found = Spec.from_dict(data)
     model = build(found, device="meta")
     counts = cost(found)
-    assert sum(parameter.numel() for parameter in model.parameters()) == counts.total
-    assert counts.buffers == {}
+    assert sum(parameter.numel() for parameter in model.parameters()) == counts.total + counts.predictor
+    biases = sum(buffer.numel() for name, buffer in model.named_buffers() if not name.startswith("predictor."))
+    assert counts.buffers == ({"router_bias": biases} if biases else {})
     width = model.activations.itemsize
     cache = model.new_cache(rows, tokens)
     windows = [

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from composeformer.assemble import build
 from composeformer.contracts import Constant, Normal, Weight
+from composeformer.errors import InputError
 from composeformer.init import initial
 from composeformer.spec import Spec
 
@@ -101,3 +102,9 @@ def test_the_process_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
     assert again.dtype == torch.float32
     assert torch.equal(one, again)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), build("tiny-llama").parameters()))
+
+
+@pytest.mark.parametrize("shape", [(2**40, 64, 64), (2**40, 2**10), (2**40, 2**40, 2**40)])
+def test_what_is_too_large_is_refused_before_any_of_it_is_drawn(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"e: [\d,]+ bytes are more than this machine can allocate"):
+        initial("e", Weight(name="e", shape=shape), 0, 1.0)

@@ -37,6 +37,9 @@ from composeformer.errors import InputError
 @click.option("--min-p", type=float)
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same text.")
 @click.option("--stop", multiple=True, help="End before this text (repeatable).")
+@click.option(
+    "--speculate", is_flag=True, help="Draft with the model's predictor and verify several tokens at once."
+)
 @device_options
 @json_option
 def command(
@@ -51,6 +54,7 @@ def command(
     min_p: float | None,
     seed: int,
     stop: tuple[str, ...],
+    speculate: bool,
     device: str,
     dtype: str | None,
     as_json: bool,
@@ -79,6 +83,7 @@ def command(
         "max_new_tokens": max_new_tokens,
         "sampling": sampling,
         "stop": stop,
+        "speculate": speculate,
     }
     if as_json:
         rows = [
@@ -87,6 +92,9 @@ def command(
                 "ids": list(row.ids),
                 "finish_reason": row.finish_reason,
                 "prompt_length": row.prompt_length,
+                "steps": row.steps,
+                "drafted": row.drafted,
+                "accepted": row.accepted,
             }
             for row in generate(model, given, **options)
         ]
@@ -94,8 +102,10 @@ def command(
     elif len(given) == 1:
         _stream(model, given, options)
     else:
-        for index, row in enumerate(generate(model, given, **options)):
+        made = generate(model, given, **options)
+        for index, row in enumerate(made):
             click.echo(f"[{index}] {row.text}")
+        _report(sum(len(row.ids) for row in made), *(sum(n) for n in zip(*(row.drafting for row in made))))
 
 
 def _standard_input() -> str:
@@ -110,10 +120,21 @@ def _standard_input() -> str:
 def _stream(model: Any, given: Any, options: dict[str, Any]) -> None:
     from composeformer.generation import stream
 
+    taken, last = 0, None
     for piece in stream(model, given, **options):
         sys.stdout.write(piece.text)
         sys.stdout.flush()
+        taken, last = taken + len(piece.ids), piece
     sys.stdout.write("\n")
+    if last is not None:
+        _report(taken, *last.drafting)
+
+
+def _report(taken: int, steps: int, drafted: int, accepted: int) -> None:
+    """How drafts did, where there were any."""
+    if drafted:
+        share = f"{accepted} of {drafted} drafts accepted ({accepted / drafted:.1%})"
+        click.echo(f"{share}, {taken / steps:.2f} tokens a step", err=True)
 
 
 def _chats(tokenizer: Any, messages: tuple[str, ...], system: str | None) -> list[str]:

@@ -7,7 +7,7 @@ import attrs
 
 from composeformer.cli.options import plural
 from composeformer.config import facts_of
-from composeformer.contracts import PHASES, Part
+from composeformer.contracts import PHASES, LayerParts, Part
 from composeformer.costs.counts import parameters
 from composeformer.plan import Node
 from composeformer.spec import Spec
@@ -52,10 +52,16 @@ def describe(part: Part) -> str:
     for name, facts in facts_of(type(part.config)).items():
         value = getattr(part.config, name)
         if isinstance(value, Part):
-            shown.append(f"{name} {value.name if value.name != value.slot else value.kind}")
+            shown.append(f"{name} {_called(value)}")
+        elif isinstance(value, LayerParts):
+            shown.append(f"{name} {' and '.join(_called(held) for _, held in value.items())}")
         elif facts.required or value != facts.default:
             shown.append(f"{name} {str(value).lower() if isinstance(value, bool) else value}")
     return ", ".join(shown)
+
+
+def _called(part: Part) -> str:
+    return part.name if part.name != part.slot else part.kind
 
 
 def rich_tree(spec: Spec, choices: Choices | None = None) -> Any:
@@ -110,9 +116,7 @@ def json_tree(spec: Spec, choices: Choices | None = None) -> dict[str, Any]:
             "path": node.path,
             "parameters": sum(parameters(below) for below in node.walk()),
             "fields": {
-                name: value.name if isinstance(value, Part) else value
-                for name in facts_of(type(node.part.config))
-                for value in [getattr(node.part.config, name)]
+                name: _plain(getattr(node.part.config, name)) for name in facts_of(type(node.part.config))
             },
             "implementations": [i.name for i in node.part.component.implementations],
         }
@@ -136,3 +140,10 @@ def json_tree(spec: Spec, choices: Choices | None = None) -> dict[str, Any]:
     if plan.predictor is not None:
         tree["predictor"] = of(plan.predictor)
     return {"name": spec.name, "fingerprint": spec.fingerprint, "tree": tree}
+
+
+def _plain(value: Any) -> Any:
+    """A field's value with names for the parts in it."""
+    if isinstance(value, LayerParts):
+        return {slot: held.name for slot, held in value.items()}
+    return value.name if isinstance(value, Part) else value

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 import attrs
 
 from composeformer.blame import blame, described
-from composeformer.contracts import Cache, Core, Cost, Phase
+from composeformer.contracts import Cache, Core, Cost, Phase, Uses
 from composeformer.errors import InputError, PluginError
 from composeformer.plan import Node
 from composeformer.spec import Spec
@@ -99,7 +99,11 @@ def cost(spec: "Spec | str", *, context: int | None = None, causal: bool = True)
     head = sum(parameters(node) for node in plan.head.walk())
     tied = any(name in plan.aliases for node in plan.head.walk() for name, _ in node.tensors())
     forward = sum(flops(node, length, causal) for node in main)
-    extra = sum(flops(node, length, causal) for node in predictor)
+    ends = {"embedding": plan.embedding, "head": plan.head}
+    again = [use for node in predictor for use in stated(node, "train") if isinstance(use, Uses)]
+    extra = sum(flops(node, length, causal) for node in predictor) + sum(
+        use.times * flops(node, length, causal) for use in again for node in ends[use.slot].walk()
+    )
     return Counts(
         name=spec.name,
         fingerprint=spec.fingerprint,
@@ -169,7 +173,7 @@ def stated(node: Node, phase: Phase) -> list[Cost]:
         if not isinstance(each, Cost):
             told = described(registry, node.part, node.path)
             raise PluginError(
-                f"{told}: cost yields a {type(each).__name__}, no Core, Cache, Exchange or Saved"
+                f"{told}: cost yields a {type(each).__name__}, no Core, Cache, Exchange, Saved or Uses"
             )
     return costs
 

@@ -4,17 +4,19 @@ The same lines read and write. A file has these tables:
 
 - `name`, `source` ("huggingface" or "gguf"), `model_type`, `architectures`; `ignore`: keys that can not
   change what is computed. Any other key without a line is refused by name.
-- `[config]`: `their_key = { ours, name, default, null, values, require, when, write }`. `ours` is a path, or
-  several that share the value. `default` is the class default, `"= EXPRESSION"` where it follows from other
-  names. `null = "default"`, `"absent"` or `"= EXPRESSION"` says what a null means. `write = "changed"` leaves
-  a default unsaid, `"never"` the key. Keys of the rotary table are named `"rope_parameters.KEY"` and read in
-  both spellings.
+- `[config]`: `their_key = { ours, name, also, default, null, absent, values, require, when, write, ... }`. `ours`
+  is a path, or several that share the value. `default` is the class default, `"= EXPRESSION"` where it follows
+  from other names. `null = "default"`, `"absent"` or `"= EXPRESSION"` says what a null means, `absent = 0` that
+  this value of theirs is none. `write = "changed"` leaves a default unsaid, `"never"` the key. `refuse = "WHY"`
+  refuses whatever is stated, `stored = "TENSOR"` believes the key only where that tensor is. `lines.Key` says
+  it in full. Keys of the rotary table are named `"rope_parameters.KEY"` and read in both spellings.
 - `[shapes]`: the same, read from a tensor: `shape = 0` is its first dimension, `"exists"` or `"missing"`
   whether it is there.
 - `[factors]`: rotary parameters known only by the numbers they give, in a tensor.
-- `[ours]`: what the family fixes: `"mixer.kind" = "gqa"`.
-- `[patterns.NAME]`: which layers differ, as `list`, `first`, `beyond`, `every`, `indices`, `all_but` say it.
+- `[ours]`: what the family fixes: `"mixer.kind" = "gqa"`, or `[{ value, when }]`.
+- `[patterns.NAME]`: which layers differ, as `list`, `first`, `beyond`, `every`, `indices`, `all_but`, `all` say it.
   A line whose `when` speaks of NAME holds in those layers.
+- `[[refuse]]`: `{ when, layer, why }`, what can not be together.
 - `tensors`: lines as `lines.TensorLine` describes them; sizes and numbers are expressions of names.
 """
 

@@ -7,7 +7,7 @@ where they differ; equal neighbours become one `[[layers]]` entry, and a repeati
 from collections.abc import Mapping
 from typing import Any
 
-from composeformer.config import facts_of
+from composeformer.config import LAYER, facts_of
 from composeformer.dialects.reading import Tree
 from composeformer.registry import Registry
 
@@ -56,7 +56,7 @@ class _Lifted:
         """The fields of a part that hold parts, each with its slot."""
         facts = facts_of(self.registry.get(slot, table["kind"]).config)
         held = [(field, facts[field].slot) for field in table if field in facts]
-        return [(field, inner) for field, inner in held if inner is not None]
+        return [(field, inner) for field, inner in held if inner is not None and inner != LAYER]
 
     def part(self, slot: str, table: Mapping[str, Any]) -> Table:
         """The table with names for the parts in it; the only part of its slot needs no mention."""

@@ -10,7 +10,7 @@ import tomli
 from composeformer.dialects import parsing
 from composeformer.dialects.expressions import Expression
 from composeformer.dialects.factors import Factors, factors_line
-from composeformer.dialects.lines import UNSET, Fixed, Key, Pattern, TensorLine
+from composeformer.dialects.lines import UNSET, Fixed, Key, Pattern, Refusal, TensorLine
 from composeformer.dialects.parsing import Table
 from composeformer.errors import DialectError, show
 
@@ -32,6 +32,7 @@ class Family:
     patterns: tuple[Pattern, ...]
     tensors: tuple[TensorLine, ...]
     factors: tuple[Factors, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
 
     @cached_property
     def pattern_names(self) -> frozenset[str]:
@@ -78,7 +79,13 @@ def _family(data: Mapping[str, Any], label: str) -> Family:
     fixed = [f for path, it in _tables(t, "ours") for f in parsing.fixed(path, it, f"{label}: ours.{path}")]
     patterns = [parsing.pattern(n, table, f"{label}: patterns.{n}") for n, table in _tables(t, "patterns")]
     divisors = [factors_line(k, table, f"{label}: factors.{k}") for k, table in _tables(t, "factors")]
-    found = t.take("tensors")
+    refused, found = t.take("refuse"), t.take("tensors")
+    if not isinstance(refused, list) and refused is not UNSET:
+        t.fail("refuse must be a list")
+    refusals = [
+        parsing.refusal(each, f"{label}: refuse.{index}")
+        for index, each in enumerate([] if refused is UNSET else refused)
+    ]
     if not isinstance(found, list):
         t.fail("needs `tensors`, a list")
     tensors = [parsing.tensor(table, f"{label}: tensors.{index}") for index, table in enumerate(found)]
@@ -94,6 +101,7 @@ def _family(data: Mapping[str, Any], label: str) -> Family:
         patterns=tuple(patterns),
         tensors=tuple(tensors),
         factors=tuple(divisors),
+        refusals=tuple(refusals),
     )
     _check(family, t)
     return family
@@ -119,7 +127,11 @@ def _check(family: Family, t: Table) -> None:
         t.fail("no line fills num_layers")
     known = family.names | family.pattern_names
     found = [e for key in family.keys for e in (key.when, key.default, key.null, key.require)]
-    expressions = [e for e in (*found, *(each.when for each in family.fixed)) if isinstance(e, Expression)]
+    found += [each.when for key in family.keys for each in key.choices]
+    found += [each.when for each in family.fixed]
+    found += [e for each in family.refusals for e in (each.when, each.layer)]
+    found += [e for key in family.keys if key.stored is not None for e in key.stored.holes]
+    expressions = [e for e in found if isinstance(e, Expression)]
     for expression in expressions:
         if wrong := expression.names - known:
             t.fail(f"{expression.text} uses {', '.join(sorted(wrong))}, which no line defines")

@@ -29,10 +29,14 @@ class Key:
     """One config key of theirs.
 
     `ours` are the paths it fills: `model.x`, `num_layers`, `mixer.x.y` and `ffn.x` of each layer, or an end
-    of the model. `name` is what expressions call its value. A missing key has the `default` (text after `=`
-    is an expression); a null is the default, an absent value, an expression's, or refused. `values` maps
-    theirs to ours. `require` refuses every other value. A line holds only `when` its expression does. A
-    `shape` line reads a tensor's shape instead: one dimension, or whether it `exists` or is `missing`.
+    of the model; below `predictor` only where there is one. `name` is what expressions call its value. `also`
+    are other names of the key. A missing key has the `default` (text after `=` is an expression); a null is the
+    default, an absent value, an expression's, or refused; `absent` is theirs for a value that there is none.
+    `values` maps theirs to ours. `require` refuses every other value, `refuse` any, for the reason it is. A line
+    holds only `when` its expression does. `choices` are the values of a key that fills no path and only names
+    one, for other lines to hang on; the first whose `when` holds is written. `stored` names a tensor of theirs:
+    where a model has none, the value is absent whatever the key says. A `shape` line reads a tensor's shape
+    instead: one dimension, or whether it `exists` or is `missing`.
     """
 
     theirs: str
@@ -45,6 +49,11 @@ class Key:
     when: Expression | None = None
     write: str = "always"
     shape: int | str | None = None
+    also: tuple[str, ...] = ()
+    absent: object = UNSET
+    choices: tuple["Fixed", ...] = ()
+    refuse: str | None = None
+    stored: Template | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -57,10 +66,19 @@ class Fixed:
 
 
 @attrs.frozen(kw_only=True)
-class Test:
-    """One way to say which layers are chosen; `key` is theirs."""
+class Refusal:
+    """What can not be together in the family, and why; `layer` is where `when` is asked, if it is of layers."""
 
-    kind: str  # list, first, beyond, every, indices, all_but
+    when: Expression
+    why: str
+    layer: Expression | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Test:
+    """One way to say which layers are chosen; `key` is theirs, `all` has none."""
+
+    kind: str  # list, first, beyond, every, indices, all_but, all
     key: str
     default: object = UNSET
     chosen: str = ""
@@ -85,7 +103,7 @@ class Pattern:
 
     @property
     def keys(self) -> frozenset[str]:
-        tests = {test.key for alternative in self.choose for test in alternative}
+        tests = {test.key for alternative in self.choose for test in alternative if test.kind != "all"}
         return frozenset(tests | ({self.switch} if self.switch else set()))
 
 
@@ -93,11 +111,11 @@ class Pattern:
 class TensorLine:
     """Tensors that hold the same numbers. Reading joins theirs, views, permutes, and splits into ours.
 
-    `{l}` in a name means each layer, or `each` gives its number of values; the index of `stack` counts
-    tensors that are one stacked tensor on the other side. Several names on a side are parts along the
-    dimension `split`, equal ones unless `sizes` says more. `shape` is theirs where it is not ours. `drop` and
-    `same_as` lines have no ours: the first are never read, the second must equal another tensor of theirs,
-    and are written when `copy`.
+    `{l}` in a name means each layer, or `each` gives its number of values (none where it has none itself); the
+    index of `stack` counts tensors that are one stacked tensor on the other side. Several names on a side
+    are parts along the dimension `split`, equal ones unless `sizes` says more. `shape` is theirs where it
+    is not ours. `drop` and `same_as` lines have no ours: the first are never read, the second must equal
+    another tensor of theirs, and are written when `copy`.
     """
 
     theirs: tuple[Template, ...]

@@ -4,8 +4,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from composeformer.dialects.expressions import Expression, Template
-from composeformer.dialects.lines import END_SLOTS, LAYER_SLOTS, UNSET, Fixed, Key, Pattern, TensorLine, Test
+from composeformer.dialects.lines import (
+    END_SLOTS,
+    LAYER_SLOTS,
+    UNSET,
+    Fixed,
+    Key,
+    Pattern,
+    Refusal,
+    TensorLine,
+    Test,
+)
 from composeformer.errors import DialectError, nearest, one_of, show
+
+TESTS = ("list", "first", "beyond", "every", "indices", "all_but", "all")
+# Keys of a TOML table are texts.
+_WORDS = {"true": True, "false": False}
 
 
 def key(theirs: str, table: object, where: str, shape: bool = False) -> Key:
@@ -15,7 +29,9 @@ def key(theirs: str, table: object, where: str, shape: bool = False) -> Key:
     default, require = _literal(t.take("default")), _literal(t.take("require"))
     null = _literal(t.text("null") or "refused")
     write = t.text("write") or "always"
-    values = t.take("values")
+    values, absent, refuse = t.take("values"), t.take("absent"), t.text("refuse")
+    also, stored = t.texts("also"), t.template("stored")
+    choices = _choices(t.take("choices"), where)
     read: Any = None
     if shape:
         read = t.take("shape")
@@ -25,8 +41,12 @@ def key(theirs: str, table: object, where: str, shape: bool = False) -> Key:
         t.fail(f'null = {show(null)}: must be "default", "absent" or "= EXPRESSION"')
     if write not in ("always", "changed", "never"):
         t.fail(f'write = {show(write)}: must be "always", "changed" or "never"')
-    if not ours and require is UNSET:
-        t.fail("needs `ours` or `require`")
+    if not (ours or choices or refuse) and require is UNSET:
+        t.fail("needs `ours`, `require`, `choices` or `refuse`")
+    if choices and (ours or name is None):
+        t.fail("`choices` go with a `name`, and fill no path")
+    if stored is not None and absent is UNSET:
+        t.fail("`stored` needs `absent`")
     if values is not UNSET and not isinstance(values, Mapping):
         t.fail("values must be a table from theirs to ours")
     when = t.expression("when")
@@ -39,23 +59,52 @@ def key(theirs: str, table: object, where: str, shape: bool = False) -> Key:
         name=name,
         default=default,
         null=null,
-        values=None if values is UNSET else values,
+        values=None if values is UNSET else {_WORDS.get(word, word): each for word, each in values.items()},
         require=require,
         when=when,
         write=write,
         shape=read,
+        also=also,
+        absent=absent,
+        choices=tuple(choices),
+        refuse=refuse,
+        stored=stored,
     )
 
 
 def fixed(path: str, found: object, where: str) -> list[Fixed]:
     """`path = value`, or a list of `{ value, when }`."""
+    _check_path(path, Table({}, where))
+    if isinstance(found, list):
+        return _values(path, found, where)
+    return [Fixed(ours=path, value=found)]
+
+
+def _choices(found: object, where: str) -> list[Fixed]:
+    if found is UNSET:
+        return []
+    if not isinstance(found, list):
+        raise DialectError(f"{where}: choices must be a list of {{ value, when }}")
+    return _values("", found, f"{where}.choices")
+
+
+def _values(path: str, found: list[Any], where: str) -> list[Fixed]:
     made = []
-    for index, each in enumerate(found if isinstance(found, list) else [{"value": found}]):
-        t = Table(each, f"{where}.{index}" if isinstance(found, list) else where)
-        _check_path(path, t)
+    for index, each in enumerate(found):
+        t = Table(each, f"{where}.{index}")
         made.append(Fixed(ours=path, value=t.take("value", required=True), when=t.expression("when")))
         t.done()
     return made
+
+
+def refusal(table: object, where: str) -> Refusal:
+    t = Table(table, where)
+    when, layer = t.expression("when"), t.expression("layer")
+    why = t.text("why", required=True)
+    t.done()
+    if when is None:
+        return t.fail("needs `when`")  # type: ignore[no-any-return]
+    return Refusal(when=when, why=str(why), layer=layer)
 
 
 def pattern(name: str, table: object, where: str) -> Pattern:
@@ -83,9 +132,14 @@ def pattern(name: str, table: object, where: str) -> Pattern:
 
 def _test(table: object, where: str) -> Test:
     t = Table(table, where)
-    kinds = [kind for kind in ("list", "first", "beyond", "every", "indices", "all_but") if kind in t.rest]
+    kinds = [kind for kind in TESTS if kind in t.rest]
     if len(kinds) != 1:
-        t.fail("a test has one of list, first, beyond, every, indices, all_but")
+        t.fail(f"a test has one of {', '.join(TESTS)}")
+    if kinds == ["all"]:
+        if t.take("all") is not True:
+            t.fail("all must be true")
+        t.done()
+        return Test(kind="all", key="", default=True)
     offset = t.take("offset")
     test = Test(
         kind=kinds[0],
@@ -176,6 +230,10 @@ class Table:
     def expression(self, name: str) -> Expression | None:
         text = self.text(name)
         return None if text is None else self._expression(text)
+
+    def template(self, name: str) -> Template | None:
+        text = self.text(name)
+        return None if text is None else Template(text)
 
     def expressions(self, name: str) -> tuple[Expression, ...] | None:
         found = self.take(name)

@@ -1,4 +1,4 @@
-"""Which layers differ, as config keys say it and back: a list, the first n, all beyond n, every nth, indices.
+"""Which layers differ, as config keys say it and back: a list, the first n, all beyond n, every nth, indices, all.
 
 Writing tries the few values that could have meant these layers, and keeps one that reads back as them.
 """
@@ -38,7 +38,8 @@ def write(pattern: Pattern, layers: Layers) -> dict[str, Any]:
     config: dict[str, Any] = {}
     if pattern.switch is not None:
         config[pattern.switch] = any(layers)
-    written = False
+    # Where the switch says that none is chosen, nothing else has to.
+    written = pattern.switch is not None and not any(layers)
     for alternative in pattern.choose:
         found = _express(alternative, layers)
         if found is not None:
@@ -56,7 +57,8 @@ def _express(alternative: tuple[Test, ...], layers: Layers) -> dict[str, Any] | 
     """Values for the keys of all tests that together choose these layers."""
     for values in product(*(_candidates(test, layers) for test in alternative)):
         if _together(alternative, values, len(layers)) == layers:
-            return {test.key: value for test, value in zip(alternative, values, strict=True)}
+            stated = zip(alternative, values, strict=True)
+            return {test.key: value for test, value in stated if test.kind != "all"}
     return None
 
 
@@ -80,11 +82,15 @@ def _candidates(test: Test, layers: Layers) -> Iterable[Any]:
             return range(1, num_layers + abs(test.offset) + 1)
         case "indices":
             return [numbers]
+        case "all":
+            return [True]
         case _:
             return [[], [index for index, each in enumerate(layers) if not each]]
 
 
 def _stated(test: Test, config: Mapping[str, object]) -> object:
+    if test.kind == "all":
+        return True
     value = config.get(test.key, UNSET)
     return test.default if value is UNSET or value is None else value
 
@@ -92,6 +98,8 @@ def _stated(test: Test, config: Mapping[str, object]) -> object:
 def chosen(test: Test, value: object, num_layers: int) -> Layers:
     """The layers that a test chooses where its key has this value."""
     where = f"{test.key} = {show(value)}"
+    if test.kind == "all":
+        return (True,) * num_layers
     if test.kind == "list":
         if not isinstance(value, list) or len(value) != num_layers:
             raise DialectError(f"{where}: must be a list of {num_layers} layer types")

@@ -1,5 +1,6 @@
 """A foreign config read: the value of every name, and our paths filled. All that is wrong is gathered."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from composeformer.errors import DialectError, nearest, one_of, show
 MAX_LAYERS = 10_000
 Tree = dict[str, Any]
 Numbers = Callable[[str], Sequence[float]]
+
+log = logging.getLogger(__name__)
 
 
 @attrs.define
@@ -40,6 +43,15 @@ class Values:
         """The layers in which a line holds."""
         return [layer for layer in range(self.num_layers) if self.holds(when, layer)]
 
+    def refused(self, family: Family) -> list[str]:
+        """Why the family has no such model."""
+        reasons = []
+        for each in family.refusals:
+            names = self.names if each.layer is None else self.at(each.layer.integer(self.names))
+            if each.when.value(names):
+                reasons.append(each.why)
+        return reasons
+
 
 def read(
     family: Family,
@@ -49,6 +61,7 @@ def read(
 ) -> Values:
     """The values that a config gives. Raises DialectError with all that is wrong, unknown keys first."""
     problems: list[str] = []
+    config = _one_name(family, config, problems)
     known = {key.theirs for key in family.keys if key.shape is None} | family.ignore
     known |= {key for pattern in family.patterns for key in pattern.keys}
     families = tuple(name[:-1] for name in family.ignore if name.endswith("*"))
@@ -78,6 +91,10 @@ def read(
             # Where no layer has it, it says nothing.
             if values.layers(key.when):
                 _take(attrs.evolve(key, when=None), config, shapes, values, problems)
+    if not problems and shapes:
+        _check_stored(family, shapes, values)
+    if not problems:
+        problems += values.refused(family)
     for factors in family.factors:
         if factors.theirs in shapes and not problems:
             try:
@@ -87,6 +104,31 @@ def read(
     if problems:
         raise DialectError(*dict.fromkeys(problems))
     return values
+
+
+def _one_name(family: Family, config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The config with each key under its first name."""
+    made = dict(config)
+    for key in family.keys:
+        for other in key.also:
+            if other in made:
+                found = made.pop(other)
+                if made.setdefault(key.theirs, found) != found:
+                    both = f"{key.theirs} = {show(made[key.theirs])} and {other} = {show(found)}"
+                    problems.append(f"{both}: which is meant?")
+    return made
+
+
+def _check_stored(family: Family, shapes: Mapping[str, tuple[int, ...]], values: Values) -> None:
+    """Makes absent what is announced but not stored, in a logged line."""
+    for key in family.keys:
+        if key.stored is None or key.name is None or values.names[key.name] is None:
+            continue
+        tensor = key.stored.fill(values.names)
+        if tensor not in shapes:
+            told = f"{key.theirs} = {show(values.names[key.name])}, but {tensor} is not stored"
+            log.warning("%s: read as %s", told, show(key.absent))
+            values.names[key.name] = None
 
 
 def _factors(
@@ -124,12 +166,16 @@ def _take(
             if found is not None and key.when is not None:
                 problems.append(f"{key.theirs} = {show(found)}: has a meaning only when {key.when.text}")
             return
+        if key.refuse is not None:
+            if (found := config.get(key.theirs)) is not None:
+                problems.append(f"{key.theirs} = {show(found)}: {key.refuse}")
+            return
         value = _shape(key, shapes) if key.shape is not None else _value(key, config, values)
         if key.require is not UNSET:
             required = _evaluated(key.require, values)
             if not _same(value, required):
                 problems.append(f"{key.theirs} = {show(value)}: must be {show(required)}")
-        if key.name is not None and key.ours:
+        if key.name is not None:
             values.names[key.name] = value
     except DialectError as error:
         problems.extend(
@@ -155,9 +201,15 @@ def _value(key: Key, config: Mapping[str, Any], values: Values) -> Any:
             return found
     if found is None:
         raise DialectError(f"{key.theirs} = null: must have a value")
+    if key.absent is not UNSET and _same(found, key.absent):
+        return None
+    if key.choices and not any(_same(found, each.value) for each in key.choices):
+        allowed = one_of(show(each.value) for each in key.choices)
+        raise DialectError(f"{key.theirs} = {show(found)}: must be one of {allowed}")
     if key.values is not None:
-        if not isinstance(found, str) or found not in key.values:
-            raise DialectError(f"{key.theirs} = {show(found)}: must be one of {one_of(key.values)}")
+        if type(found) not in (str, bool) or found not in key.values:
+            allowed = one_of(word if isinstance(word, str) else show(word) for word in key.values)
+            raise DialectError(f"{key.theirs} = {show(found)}: must be one of {allowed}")
         return key.values[found]
     return found
 
@@ -194,6 +246,8 @@ def tree(family: Family, values: Values) -> Tree:
             _fill(made, values, path, value, key.when, family.by_layer(key))
     for path, value in values.read_off.items():
         _fill(made, values, path, value, None, False)
+    if "kind" not in made.get("predictor", {}):
+        made.pop("predictor", None)
     return made
 
 

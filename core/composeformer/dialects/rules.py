@@ -5,7 +5,7 @@ follow from them.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 CUT = 20
+# Ten times what the largest released models are stored in.
+MAX_TENSORS = 1_000_000
 
 
 @attrs.frozen(kw_only=True)
@@ -71,10 +73,17 @@ class Transfer:
 def expand(family: Family, spec: "Spec", values: Values) -> list[Transfer]:
     """Every transfer of a model, in the order of the file and then of layers.
 
-    Raises DialectError where a tensor of ours has no line or two.
+    Raises DialectError where a tensor of ours has no line or two, or there are too many.
     """
     plan = {name: weight.shape for name, weight in spec.plan.tensors.items()}
-    transfers = [each for line in family.tensors for each in _expand(line, values, plan)]
+    transfers: list[Transfer] = []
+    total = 0
+    for line in family.tensors:
+        for each in _expand(line, values, plan):
+            total += len(each.theirs.names)
+            if total > MAX_TENSORS:
+                raise DialectError(_too_many(family.name))
+            transfers.append(each)
     made = Counter(name for t in transfers if t.ours is not None for name in t.ours.names)
     theirs = Counter(name for t in transfers if t.kind == "move" for name in t.theirs.names)
     problems = [f"{name}: {family.name} has no tensor for it" for name in plan if name not in made]
@@ -85,6 +94,10 @@ def expand(family: Family, spec: "Spec", values: Values) -> list[Transfer]:
     return transfers
 
 
+def _too_many(where: str) -> str:
+    return f"{where}: more than {MAX_TENSORS} tensors"
+
+
 def cut(problems: list[str]) -> list[str]:
     """The first twenty, and how many there are."""
     if len(problems) <= CUT:
@@ -92,16 +105,18 @@ def cut(problems: list[str]) -> list[str]:
     return [*problems[:CUT], f"... and {len(problems) - CUT} more, {len(problems)} in all"]
 
 
-def _expand(line: TensorLine, values: Values, plan: Mapping[str, Shape]) -> list[Transfer]:
+def _expand(line: TensorLine, values: Values, plan: Mapping[str, Shape]) -> Iterator[Transfer]:
     if not line.names & {"l", *values.chosen}:
-        return [_transfer(line, values.names, plan)] if values.holds(line.when) else []
+        if values.holds(line.when):
+            yield _transfer(line, values.names, plan)
+        return
+    if line.each is not None and line.each.value(values.names) is None:
+        return
     count = values.num_layers if line.each is None else line.each.integer(values.names)
-    transfers = []
     for index in range(count):
         here = values.at(index) if line.each is None else {**values.names, "l": index}
         if line.when is None or line.when.value(here):
-            transfers.append(_transfer(line, here, plan))
-    return transfers
+            yield _transfer(line, here, plan)
 
 
 def _transfer(line: TensorLine, names: Mapping[str, object], plan: Mapping[str, Shape]) -> Transfer:
@@ -134,8 +149,10 @@ def _indexed(
     """The names that a template stands for: one, or one for each index of its stack."""
     if line.stack is None or line.stack[0] not in template.names:
         return (template.fill(names),), False
-    index, size = line.stack
-    return tuple(template.fill({**names, index: i}) for i in range(size.integer(names))), True
+    index, size = line.stack[0], line.stack[1].integer(names)
+    if size > MAX_TENSORS:
+        raise DialectError(_too_many(line.label))
+    return tuple(template.fill({**names, index: i}) for i in range(size)), True
 
 
 def _ours(line: TensorLine, names: Mapping[str, object], plan: Mapping[str, Shape]) -> Side:

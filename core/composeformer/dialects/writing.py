@@ -58,6 +58,11 @@ def values(family: Family, spec: "Spec") -> Values:
                 reasons.extend(error.lines)
                 if key.values is not None:
                     break
+    if not reasons:
+        for key in family.keys:
+            if key.name is not None and key.choices:
+                made.names[key.name] = next((c.value for c in key.choices if made.holds(c.when)), None)
+        reasons += made.refused(family)
     if reasons:
         raise DialectError(*reasons)
     return made
@@ -68,7 +73,7 @@ def config(family: Family, made: Values) -> dict[str, Any]:
     written: dict[str, Any] = {}
     reasons: list[str] = []
     for key in family.keys:
-        if key.shape is not None or key.write == "never":
+        if key.shape is not None or key.write == "never" or key.refuse is not None:
             continue
         if not (made.layers(key.when) if family.by_layer(key) else made.holds(key.when)):
             if key.null == "absent" and family.by_layer(key):
@@ -94,9 +99,11 @@ def config(family: Family, made: Values) -> dict[str, Any]:
 def _foreign(key: Key, made: Values) -> object:
     """The value that a key has, UNSET where it is better left out."""
     if not key.ours:
-        return _evaluated(key.require, made)
+        return made.names[str(key.name)] if key.choices else _evaluated(key.require, made)
     value = made.names[str(key.name)]
     if value is None:
+        if key.absent is not UNSET:
+            return key.absent
         if key.null != "absent":
             raise DialectError(f"{key.ours[0]} has no value, and {key.theirs} needs one")
         return UNSET if key.default is UNSET else None
@@ -155,7 +162,7 @@ def _found(spec: "Spec", path: str, layers: Any) -> Iterator[tuple[str, object]]
     elif slot in LAYER_SLOTS:
         for layer in layers:
             yield f"layers.{layer}.{path}", _follow(spec.plan.layers[layer].get(slot), steps)
-    elif layers:
+    elif layers and not (slot == "predictor" and spec.plan.predictor is None):
         yield path, _follow(getattr(spec.plan, slot), steps)
 
 

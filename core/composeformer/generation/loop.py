@@ -1,25 +1,22 @@
-"""Generation: a prefill of left-padded prompts, then one token a step for all rows, in static caches.
+"""Generation: a prefill of left-padded prompts, then steps in which all rows take tokens, in static caches.
 
 A row that has ended keeps its place as padding, which no other row can tell; the loop ends with the last row.
 `stream` is the same loop over one row, so its pieces joined are the text of `generate`.
 
-Shapes: B rows, T tokens of the longest prompt, V vocabulary.
+Shapes: B rows, T tokens of the longest prompt.
 """
 
 from collections.abc import Iterator, Sequence
 
 import attrs
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from composeformer.contracts import Phase
 from composeformer.decoder import Model
 from composeformer.errors import InputError, show
+from composeformer.generation.decoding import Decoding
 from composeformer.generation.prompts import Prompts, Tokenizer, read_prompts
 from composeformer.generation.rows import FinishReason, Generation, Row
-from composeformer.generation.sampling import Draws, Sampling, choose
-from composeformer.tensors import ModelOutput
+from composeformer.generation.sampling import Draws, Sampling
+from composeformer.generation.speculation import Speculation
 
 GREEDY = Sampling()
 
@@ -29,11 +26,13 @@ class Piece:
     """Text that became certain, with the tokens taken since the last piece; the last one says why it ended.
 
     Text may wait for tokens and tokens for text: only all pieces together have the ids of all the text.
+    `drafting` is how many steps there were so far, drafts verified and drafts accepted.
     """
 
     text: str
     ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    drafting: tuple[int, int, int] = (0, 0, 0)
 
 
 def generate(
@@ -47,6 +46,7 @@ def generate(
     stop_ids: Sequence[int] = (),
     max_length: int | None = None,
     prefill_chunk: int | None = None,
+    speculate: bool = False,
 ) -> list[Generation]:
     """Continues each prompt: text, ids, several of either, or a tensor (B, T) of ids without padding.
 
@@ -55,12 +55,15 @@ def generate(
     model's max_position_embeddings). What a row gets depends on its prompt, the sampling and its seed, not on
     the others, save that equal prompts get different samples. `prefill_chunk` bounds one forward's tokens.
 
+    With `speculate` the model's predictor drafts tokens, which the model verifies several in a forward: greedy
+    text is the same (but where two logits tie within rounding), samples have the same distribution.
+
     Raises InputError for prompts or values that the model can not serve, and for logits that are not finite.
     """
     rows = _rows(
         model, prompts, tokenizer, max_new_tokens, sampling, stop, stop_ids, max_length, prefill_chunk
     )
-    for _ in _steps(model, rows, sampling, prefill_chunk):
+    for _ in _steps(model, rows, sampling, prefill_chunk, _can(model, speculate)):
         pass
     return [row.result() for row in rows]
 
@@ -76,6 +79,7 @@ def stream(
     stop_ids: Sequence[int] = (),
     max_length: int | None = None,
     prefill_chunk: int | None = None,
+    speculate: bool = False,
 ) -> Iterator[Piece]:
     """Continues one prompt as `generate` does, giving text as it becomes certain; without a tokenizer, ids.
 
@@ -86,18 +90,27 @@ def stream(
     )
     if len(rows) != 1:
         raise InputError(f"stream: takes one prompt, found {len(rows)}")
-    return _pieces(model, rows[0], sampling, prefill_chunk, silent=tokenizer is None)
+    steps = _steps(model, rows, sampling, prefill_chunk, _can(model, speculate))
+    return _pieces(rows[0], steps, silent=tokenizer is None)
 
 
-def _pieces(
-    model: Model, row: Row, sampling: Sampling, prefill_chunk: int | None, silent: bool
-) -> Iterator[Piece]:
+def _pieces(row: Row, steps: Iterator[list[str]], silent: bool) -> Iterator[Piece]:
     given = 0
-    for pieces in _steps(model, [row], sampling, prefill_chunk):
+    for pieces in steps:
         text = pieces[0]
         if text or silent or row.finish_reason is not None:
-            yield Piece(text=text, ids=tuple(row.ids[given:]), finish_reason=row.finish_reason)
+            drafting = row.steps, row.drafted, row.accepted
+            ids = tuple(row.ids[given:])
+            yield Piece(text=text, ids=ids, finish_reason=row.finish_reason, drafting=drafting)
             given = len(row.ids)
+
+
+def _can(model: Model, speculate: bool) -> bool:
+    """Raises InputError where drafts are wanted and nothing drafts."""
+    if speculate and not hasattr(model.predictor, "draft"):
+        has = "has none" if model.predictor is None else "has one that can not draft"
+        raise InputError(f"speculate: needs a model with a predictor, and {model.spec.name} {has}")
+    return speculate
 
 
 def _rows(
@@ -145,60 +158,10 @@ def _rows(
 
 
 def _steps(
-    model: Model, rows: Sequence[Row], sampling: Sampling, prefill_chunk: int | None
+    model: Model, rows: Sequence[Row], sampling: Sampling, prefill_chunk: int | None, speculate: bool
 ) -> Iterator[list[str]]:
-    """Takes one token for every unfinished row at each step; gives each row's new text."""
-    decoding = _Decoding(model, rows)
-    logits = decoding.prefill(prefill_chunk)
-    draws = [row.draws for row in rows]
-    while True:
-        live = [index for index, row in enumerate(rows) if row.finish_reason is None]
-        chosen = choose(logits, sampling, draws, [len(row.ids) for row in rows], live)
-        pieces = [""] * len(rows)
-        for index, token in zip(live, chosen, strict=True):
-            pieces[index] = rows[index].take(token)
-        yield pieces
-        if all(row.finish_reason is not None for row in rows):
-            return
-        logits = decoding.next()
-
-
-class _Decoding:
-    """A model's cache over rows of growing length. Inference mode is entered per call: a generator that
-    yielded inside it would leave it on for its consumer.
-    """
-
-    def __init__(self, model: Model, rows: Sequence[Row]) -> None:
-        self._model, self._rows = model, rows
-        self._longest = max(len(row.prompt) for row in rows)
-        # The last new token is never fed.
-        length = self._longest + max(row.room for row in rows) - 1
-        with torch.inference_mode():
-            self._cache = model.new_cache(len(rows), length)
-
-    @torch.inference_mode()
-    def prefill(self, chunk: int | None) -> Float[Tensor, "B V"]:
-        """Feeds the prompts, padded on the left; logits after their last tokens."""
-        total, device = self._longest, self._model.device
-        pads = [total - len(row.prompt) for row in self._rows]
-        ids = torch.tensor(
-            [[0] * pad + list(row.prompt) for pad, row in zip(pads, self._rows)], device=device
-        )
-        real = torch.arange(total, device=device) >= torch.tensor(pads, device=device)[:, None]
-        for start in range(0, total, chunk or total):
-            part = slice(start, start + (chunk or total))
-            logits = self._forward(ids[:, part], real[:, part] if any(pads) else None, "prefill")
-        return logits
-
-    @torch.inference_mode()
-    def next(self) -> Float[Tensor, "B V"]:
-        """Feeds each row's newest token; a finished row's as padding."""
-        live = [row.finish_reason is None for row in self._rows]
-        device = self._model.device
-        ids = torch.tensor([[row.ids[-1]] for row in self._rows], device=device)
-        valid = None if all(live) else torch.tensor(live, device=device)[:, None]
-        return self._forward(ids, valid, "decode")
-
-    def _forward(self, ids: Tensor, valid: Tensor | None, phase: Phase) -> Tensor:
-        output: ModelOutput = self._model(ids, valid=valid, cache=self._cache, last_only=True, phase=phase)
-        return output.logits[:, -1]
+    """Every unfinished row takes a token, or several, at each step; gives each row's new text."""
+    decoding = (Speculation if speculate else Decoding)(model, rows, sampling)
+    yield decoding.start(prefill_chunk)
+    while any(row.finish_reason is None for row in rows):
+        yield decoding.step()

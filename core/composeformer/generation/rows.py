@@ -17,7 +17,8 @@ class Generation:
     """What a prompt was continued with.
 
     `ids` are the new tokens, with the end token or those of the stop string that ended them; `text` is
-    without either, and None without a tokenizer. `stopped_by` is that token or string.
+    without either, and None without a tokenizer. `stopped_by` is that token or string. `steps` counts the
+    forwards that gave tokens, `drafted` the drafts that were verified in them, `accepted` those taken.
     """
 
     ids: tuple[int, ...]
@@ -25,6 +26,24 @@ class Generation:
     finish_reason: FinishReason
     stopped_by: int | str | None
     prompt_length: int
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def drafting(self) -> tuple[int, int, int]:
+        """Steps, drafts verified and drafts accepted."""
+        return self.steps, self.drafted, self.accepted
+
+    @property
+    def acceptance(self) -> float | None:
+        """The share of drafts that were taken; None where there were none."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def tokens_per_step(self) -> float:
+        """New tokens for each forward of the model that gave any."""
+        return len(self.ids) / self.steps if self.steps else 0.0
 
 
 class Row:
@@ -48,6 +67,7 @@ class Row:
         self.ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.stopped_by: int | str | None = None
+        self.steps = self.drafted = self.accepted = 0
 
     def take(self, token: int) -> str:
         """Adds a token; returns the text that became certain by it."""
@@ -75,4 +95,7 @@ class Row:
             finish_reason=self.finish_reason,
             stopped_by=self.stopped_by,
             prompt_length=len(self.prompt),
+            steps=self.steps,
+            drafted=self.drafted,
+            accepted=self.accepted,
         )

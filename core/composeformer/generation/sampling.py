@@ -73,9 +73,9 @@ class Draws:
         text = f"{seed}/{copy}/" + ",".join(map(str, prompt))
         self._key = blake2b(text.encode(), digest_size=32).digest()
 
-    def uniform(self, step: int) -> float:
-        """A number in [0, 1) with 53 random bits."""
-        digest = blake2b(step.to_bytes(8, "little"), key=self._key, digest_size=8).digest()
+    def uniform(self, step: int, purpose: bytes = b"") -> float:
+        """A number in [0, 1) with 53 random bits, for the new token `step`; each purpose has its own."""
+        digest = blake2b(step.to_bytes(8, "little") + purpose, key=self._key, digest_size=8).digest()
         return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
@@ -123,16 +123,20 @@ def choose(
     Raises InputError where a row's logits have no finite maximum.
     """
     picked = logits[list(rows)] if len(rows) < logits.shape[0] else logits
-    largest, ids = picked.max(-1).values, picked.argmax(-1)
-    for row, value in zip(rows, largest.tolist(), strict=True):
-        if not isfinite(value):
-            where = f"prompt {row}, new token {steps[row]}"
-            raise InputError(f"{where}: the logits are not finite ({value}): the weights are likely damaged")
+    for row, value in zip(rows, picked.amax(-1).tolist(), strict=True):
+        check_finite(value, row, steps[row])
     if sampling.greedy:
-        greedy: list[int] = ids.tolist()
+        greedy: list[int] = picked.argmax(-1).tolist()
         return greedy
     kept = [candidates(row_logits, sampling) for row_logits in picked.to("cpu")]
     return [pick(one, draws[row].uniform(steps[row])) for row, one in zip(rows, kept, strict=True)]
+
+
+def check_finite(largest: float, row: int, step: int) -> None:
+    """Raises InputError where the largest logit of a row's new token is not finite."""
+    if not isfinite(largest):
+        where = f"prompt {row}, new token {step}"
+        raise InputError(f"{where}: the logits are not finite ({largest}): the weights are likely damaged")
 
 
 def _integer(value: object, minimum: int) -> bool:

@@ -10,7 +10,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from composeformer.config import Config, facts_of
-from composeformer.contracts import Part
+from composeformer.contracts import LayerParts, Part
 from composeformer.plan import Node
 
 if TYPE_CHECKING:
@@ -53,7 +53,10 @@ def _fields(config: Config, node: Node | None) -> dict[str, Any]:
         value = getattr(config, name)
         if facts.affects != "function" or (not facts.required and value == facts.default):
             continue
-        stated[name] = _below(value, node) if isinstance(value, Part) else value
+        if isinstance(value, LayerParts):
+            stated[name] = {slot: _below(part, node) for slot, part in value.items()}
+        else:
+            stated[name] = _below(value, node) if isinstance(value, Part) else value
     return stated
 
 

@@ -7,27 +7,13 @@ number of layers is bounded before any list of them is made.
 from collections.abc import Mapping
 from typing import Any
 
-import attrs
-
-from composeformer.contracts import Part
+from composeformer.contracts import SUBLAYERS, LayerParts
 from composeformer.errors import nearest, one_of
 from composeformer.spec.resolve import Resolver
 from composeformer.spec.scanner import Path
 
 MAX_LAYERS = 10_000
 MAX_NESTED = 8
-SUBLAYERS = ("mixer", "ffn")
-
-
-@attrs.frozen
-class LayerParts:
-    """What one layer joins; None where the layer has none."""
-
-    mixer: Part | None
-    ffn: Part | None
-
-    def items(self) -> list[tuple[str, Part]]:
-        return [(slot, part) for slot, part in (("mixer", self.mixer), ("ffn", self.ffn)) if part is not None]
 
 
 def layers(resolver: Resolver) -> list[LayerParts]:
@@ -80,19 +66,5 @@ def _repeat(resolver: Resolver, entry: Mapping[str, Any], path: Path) -> int:
 
 
 def _layer(resolver: Resolver, entry: Mapping[str, Any], path: Path) -> list[LayerParts]:
-    before = resolver.failures
-    parts: dict[str, Part | None] = {}
-    for slot in SUBLAYERS:
-        found, here = entry.get(slot), (*path, slot)
-        if found is not False and isinstance(found, bool | int | float | list):
-            allowed = f"must be the name of a {slot}, a table with `use` or `kind`, or false for none"
-            resolver.problem(here, found, allowed)
-            parts[slot] = None
-        else:
-            parts[slot] = None if found is False else resolver.reference(slot, found, (here,))
-    if resolver.failures > before:
-        return []
-    if not any(parts.values()):
-        resolver.problem(path, None, "a layer needs a mixer or an ffn")
-        return []
-    return [LayerParts(mixer=parts["mixer"], ffn=parts["ffn"])]
+    made = resolver.layer(entry, (path,))
+    return [] if made is None else [made]

@@ -11,8 +11,17 @@ first. What failed once is told once: whatever uses it fails in silence.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from composeformer.config import Config, FieldFacts, check, facts_of
-from composeformer.contracts import PHASES, SINGLE, SLOTS, Implementation, Part, Phase
+from composeformer.config import LAYER, Config, FieldFacts, check, facts_of
+from composeformer.contracts import (
+    PHASES,
+    SINGLE,
+    SLOTS,
+    SUBLAYERS,
+    Implementation,
+    LayerParts,
+    Part,
+    Phase,
+)
 from composeformer.errors import ComposeError, Problem, SpecError, nearest, one_of
 from composeformer.registry import Contested, Registry, UnknownKind
 from composeformer.spec.document import Document
@@ -103,6 +112,25 @@ class Resolver:
         if "use" in found:
             return self._refined(slot, found, paths)
         return self._table(slot, found, paths, dotted(paths[0]))
+
+    def layer(self, entry: Table, paths: Paths) -> LayerParts | None:
+        """What a table with a mixer and an ffn joins; None with a failure."""
+        before = self.failures
+        parts: dict[str, Part | None] = {}
+        for slot in SUBLAYERS:
+            found, here = entry.get(slot), self._below(paths, slot)
+            if found is not False and isinstance(found, bool | int | float | list):
+                allowed = f"must be the name of a {slot}, a table with `use` or `kind`, or false for none"
+                self.problem(here[0], found, allowed)
+                parts[slot] = None
+            else:
+                parts[slot] = None if found is False else self.reference(slot, found, here)
+        if self.failures > before:
+            return None
+        if not any(parts.values()):
+            self.problem(paths[0], None, "a layer needs a mixer or an ffn")
+            return None
+        return LayerParts(mixer=parts["mixer"], ffn=parts["ffn"])
 
     def place(self, paths: Paths, field: str, otherwise: int = 0) -> Path:
         return place(self.document, paths, field, otherwise)
@@ -328,6 +356,8 @@ class Resolver:
     def _configured(self, cls: type[Config], table: Table, paths: Paths, reserved: Iterable[str]) -> Any:
         def resolve(fact: FieldFacts, found: object) -> tuple[Any, list[Problem]]:
             # Problems of a part below go to the shared list, with sources of their own.
+            if fact.slot == LAYER:
+                return self._layer(found, self._below(paths, fact.name)), []
             return self.reference(str(fact.slot), found, self._below(paths, fact.name), fact.optional), []
 
         before = self.failures
@@ -340,6 +370,19 @@ class Resolver:
             path = self.place(paths, field, -1)
             self.problem(path, problem.found, problem.allowed, problem.nearest, fatal=not unknown)
         return None if self.failures > before else cls(**values)
+
+    def _layer(self, found: object, paths: Paths) -> LayerParts | None:
+        if found is None:
+            return None
+        if not isinstance(found, dict):
+            self.problem(paths[0], found, f"must be a table with {' and '.join(SUBLAYERS)}")
+            return None
+        for key in found:
+            if key not in SUBLAYERS:
+                told = f"unknown key; allowed: {one_of(SUBLAYERS)}"
+                path = self.place(paths, dotted((key,)))
+                self.problem(path, found[key], told, nearest(key, SUBLAYERS), fatal=False)
+        return self.layer(found, paths)
 
     def _below(self, paths: Paths, name: str) -> Paths:
         """The places that state a field which takes a part, the nearest first."""

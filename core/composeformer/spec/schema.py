@@ -11,11 +11,11 @@ another may leave out what it inherits, so there the partial ones hold.
 from collections.abc import Iterable
 from typing import Any
 
-from composeformer.config import LARGEST_INTEGER, Config, FieldFacts, describe, facts_of
-from composeformer.contracts import PHASES, SINGLE, SLOTS, Component
+from composeformer.config import LARGEST_INTEGER, LAYER, Config, FieldFacts, describe, facts_of
+from composeformer.contracts import PHASES, SINGLE, SLOTS, SUBLAYERS, Component
 from composeformer.model_config import ModelConfig, TrainConfig
 from composeformer.registry import Registry
-from composeformer.spec.layers import MAX_LAYERS, SUBLAYERS
+from composeformer.spec.layers import MAX_LAYERS
 
 Schema = dict[str, Any]
 
@@ -60,6 +60,13 @@ def schema(registry: Registry) -> Schema:
 
 def field_schema(fact: FieldFacts) -> Schema:
     """The schema of one field."""
+    if fact.slot == LAYER:
+        return {
+            "type": "object",
+            "properties": _sublayers(),
+            "additionalProperties": False,
+            "description": fact.help,
+        }
     if fact.slot is not None:
         return {**_ref(f"{fact.slot}.reference"), "description": fact.help}
     one: Schema = {"type": _TYPES[str(fact.kind)]}
@@ -146,10 +153,14 @@ def _reference(slot: str, kinds: list[str]) -> Schema:
     return {"anyOf": [name, use, *(_ref(f"{slot}.{kind}") for kind in kinds)]}
 
 
+def _sublayers() -> Schema:
+    return {slot: {"anyOf": [{"const": False}, _ref(f"{slot}.reference")]} for slot in SUBLAYERS}
+
+
 def _layers() -> Schema:
     repeat = {"type": "integer", "minimum": 1, "maximum": MAX_LAYERS, "default": 1}
-    parts = {slot: {"anyOf": [{"const": False}, _ref(f"{slot}.reference")]} for slot in SUBLAYERS}
-    entry = {"type": "object", "properties": {"repeat": repeat, **parts}, "additionalProperties": False}
+    parts = {"repeat": repeat, **_sublayers()}
+    entry = {"type": "object", "properties": parts, "additionalProperties": False}
     pattern = {
         "type": "object",
         "properties": {"repeat": repeat, "layers": _ref("layers")},

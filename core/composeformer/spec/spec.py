@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any
 
-from composeformer.contracts import RUN_SLOTS, SINGLE, SLOTS, Part
+from composeformer.contracts import RUN_SLOTS, SINGLE, SLOTS, LayerParts, Part
 from composeformer.errors import InputError, Problem, Source, SpecError, nearest, one_of
 from composeformer.model_config import ModelConfig, TrainConfig
 from composeformer.plan import Node, Plan, Planner
@@ -19,7 +19,7 @@ from composeformer.registry import Registry
 from composeformer.spec import inherit, overrides, unverified, writer
 from composeformer.spec.document import Document, from_data, parse
 from composeformer.spec.fingerprint import fingerprint
-from composeformer.spec.layers import LayerParts, layers
+from composeformer.spec.layers import layers
 from composeformer.spec.resolve import Resolver
 from composeformer.spec.values import FORMAT, values
 

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from composeformer.config import Config, facts_of
-from composeformer.contracts import Part
+from composeformer.contracts import SUBLAYERS, LayerParts, Part
 from composeformer.errors import DEFAULT, Source
-from composeformer.spec.layers import SUBLAYERS
 from composeformer.spec.scanner import Path, dotted
 
 if TYPE_CHECKING:
@@ -81,11 +80,16 @@ def _part(part: Part, seen: set[Path]) -> Iterator[tuple[Path, object]]:
         yield from _fields(path, part.config)
     for name in facts_of(type(part.config)):
         below = getattr(part.config, name)
-        if isinstance(below, Part):
-            yield from _part(below, seen)
+        for _, held in below.items() if isinstance(below, LayerParts) else [(name, below)]:
+            if isinstance(held, Part):
+                yield from _part(held, seen)
 
 
 def _fields(path: Path, config: Config) -> Iterator[tuple[Path, object]]:
     for name in facts_of(type(config)):
         value = getattr(config, name)
-        yield (*path, name), value.name if isinstance(value, Part) else value
+        if isinstance(value, LayerParts):
+            for slot, held in (("mixer", value.mixer), ("ffn", value.ffn)):
+                yield (*path, name, slot), False if held is None else held.name
+        else:
+            yield (*path, name), value.name if isinstance(value, Part) else value

@@ -13,7 +13,7 @@ import tomli_w
 
 from composeformer import __version__
 from composeformer.config import facts_of
-from composeformer.contracts import Part
+from composeformer.contracts import LayerParts, Part
 from composeformer.errors import ComposeError, FolderError
 from composeformer.plugins import current
 from composeformer.spec import Spec
@@ -61,7 +61,7 @@ def _execution(part: Part) -> dict[str, Any]:
     values = {}
     for name, facts in facts_of(type(part.config)).items():
         value = getattr(part.config, name)
-        if facts.affects != "function" and value is not None and not isinstance(value, Part):
+        if facts.affects != "function" and value is not None and not isinstance(value, Part | LayerParts):
             values[name] = list(value) if isinstance(value, tuple) else value
     return values
 

@@ -1,7 +1,7 @@
 """Hypothesis strategies of small valid specs, as plain data for `Spec.from_dict`.
 
 They vary all that the spec language can say: named components and single ones, references, refinements,
-inline tables, patterns, absent parts. Pass tables of a new kind to see it in all these places:
+inline tables, patterns, absent parts, a predictor's own layer. Pass tables of a new kind to see it in all these places:
 
 ```python
 @given(specs(mixers=st.just({"kind": "mine", "num_heads": 2})))
@@ -12,6 +12,8 @@ def test_builds(data): build(Spec.from_dict(data), device="meta")
 from typing import Any
 
 from hypothesis import strategies as st
+
+from composeformer.testing.specs_moe import latents, mixtures, predictors, refined_mixtures, routers
 
 Data = dict[str, Any]
 Tables = st.SearchStrategy[Data]
@@ -98,12 +100,13 @@ def specs(
     tables = {
         "norm": _named(draw, "norm", norms()),
         "position": _named(draw, "position", positions()),
-        "ffn": _named(draw, "ffn", feed_forwards() if ffns is None else ffns),
-        "mixer": _named(draw, "mixer", attentions() if mixers is None else mixers),
+        "ffn": _named(draw, "ffn", feed_forwards() | mixtures() if ffns is None else ffns),
+        "mixer": _named(draw, "mixer", attentions() | latents() if mixers is None else mixers),
     }
-    for table in tables["mixer"].values():
-        if table["kind"] == "gqa":
-            _give_parts(draw, table, tables)
+    if any(table["kind"] == "moe" for table in tables["ffn"].values()):
+        tables["router"] = _named(draw, "router", routers())
+    for table in (*tables["mixer"].values(), *tables["ffn"].values()):
+        _give_parts(draw, table, tables)
     norm = _reference(draw, tables["norm"], norms())
     if norm is not None:
         data["residual"] = {"kind": "pre-norm", "norm": norm}
@@ -112,6 +115,8 @@ def specs(
         single = len(named) == 1 and name == slot
         data[slot] = named[name] if single else named
     data["layers"] = _entries(draw, tables, 0)
+    if draw(st.booleans()):
+        data["predictor"] = _predictor(draw, tables)
     data |= draw(some({"name": TITLES, "format": st.just(1), "description": st.text(max_size=8)}))
     ends = {
         "embedding": some({"scale": floats(0.1, 10.0)}),
@@ -141,12 +146,30 @@ def _reference(draw: st.DrawFn, named: dict[str, Data], tables: Tables) -> Any:
     return draw(st.sampled_from(ways))
 
 
+# The fields of built-in kinds that take parts: the slot of each, and whether it may be left out.
+PARTS: dict[str, dict[str, tuple[str, bool]]] = {
+    "gqa": {"position": ("position", False), "qk_norm": ("norm", True)},
+    "mla": {"position": ("position", False), "norm": ("norm", False)},
+    "moe": {"router": ("router", False)},
+    "mtp": {"norm": ("norm", False)},
+}
+
+
 def _give_parts(draw: st.DrawFn, table: Data, tables: dict[str, dict[str, Data]]) -> None:
-    position = _reference(draw, tables["position"], positions())
-    table |= {} if position is None else {"position": position}
+    inline = {"position": positions, "norm": norms, "router": routers}
+    for field, (slot, optional) in PARTS.get(table["kind"], {}).items():
+        if optional and draw(st.booleans()):
+            continue
+        found = _reference(draw, tables[slot], inline[slot]())
+        table |= {} if found is None else {field: found}
+
+
+def _predictor(draw: st.DrawFn, tables: dict[str, dict[str, Data]]) -> Data:
+    table = dict(draw(predictors()))
+    _give_parts(draw, table, tables)
     if draw(st.booleans()):
-        norm = _reference(draw, tables["norm"], norms())
-        table |= {} if norm is None else {"qk_norm": norm}
+        table["layer"] = _layer(draw, tables)
+    return table
 
 
 def _entries(draw: st.DrawFn, tables: dict[str, dict[str, Data]], depth: int) -> list[Data]:
@@ -155,15 +178,23 @@ def _entries(draw: st.DrawFn, tables: dict[str, dict[str, Data]], depth: int) ->
         entry: Data = draw(some({"repeat": st.integers(1, 2)}))
         if depth < 2 and draw(st.booleans()):
             entries.append({**entry, "layers": _entries(draw, tables, depth + 1)})
-            continue
-        without = draw(st.sampled_from([None, None, "mixer", "ffn"]))
-        for slot in ("mixer", "ffn"):
-            named = tables[slot]
-            name = draw(st.sampled_from(list(named)))
-            ways: list[Any] = [name, {"use": name}, *([None] if len(named) == 1 else [])]
-            if slot == "mixer" and named[name]["kind"] == "gqa":
-                ways.append({"use": name, "window": draw(st.integers(1, 64))})
-            found = False if slot == without else draw(st.sampled_from(ways))
-            entry |= {} if found is None else {slot: found}
-        entries.append(entry)
+        else:
+            entries.append({**entry, **_layer(draw, tables)})
     return entries
+
+
+def _layer(draw: st.DrawFn, tables: dict[str, dict[str, Data]]) -> Data:
+    """A layer's mixer and ffn, one of which may be none or be left out."""
+    layer: Data = {}
+    without = draw(st.sampled_from([None, None, "mixer", "ffn"]))
+    for slot in ("mixer", "ffn"):
+        named = tables[slot]
+        name = draw(st.sampled_from(list(named)))
+        ways: list[Any] = [name, {"use": name}, *([None] if len(named) == 1 else [])]
+        if named[name]["kind"] in ("gqa", "mla"):
+            ways.append({"use": name, "window": draw(st.integers(1, 64))})
+        if named[name]["kind"] == "moe":
+            ways.append(draw(refined_mixtures(name)))
+        found = False if slot == without else draw(st.sampled_from(ways))
+        layer |= {} if found is None else {slot: found}
+    return layer

@@ -43,11 +43,12 @@ def add_counts(totals: dict[str, Tensor], aux: Aux) -> None:
 
 
 @torch.no_grad()
-def after_step(model: nn.Module, totals: Mapping[str, Tensor], run: Run) -> None:
+def after_step(model: nn.Module, totals: Mapping[str, Tensor], run: Run) -> dict[str, float]:
     """Calls `after_step` of every module that has it, once, in the order of the model.
 
     `run` is the whole model's. Each part gets its own, and of `totals` what lies below its path, named from
-    there.
+    there. Returns the metrics that they give, scalar tensors by name, by dotted path; read from the device at
+    once.
     """
     modules = [
         (path_of(name), module)
@@ -55,12 +56,17 @@ def after_step(model: nn.Module, totals: Mapping[str, Tensor], run: Run) -> None
         if name and hasattr(module, "after_step")
     ]
     if not modules:
-        return
+        return {}
     spec = getattr(model, "spec", None)
     configs = {} if spec is None else {node.path: node.part.config for node in spec.plan.nodes()}
+    told: dict[str, Tensor] = {}
     for path, module in modules:
         work: Any = module.after_step
-        work(_below(path, totals.items()), attrs.evolve(run, path=path, config=configs.get(path)))
+        given = work(_below(path, totals.items()), attrs.evolve(run, path=path, config=configs.get(path)))
+        told |= {join(path, name): value for name, value in (given or {}).items()}
+    if not told:
+        return {}
+    return dict(zip(told, torch.stack([value.double() for value in told.values()]).tolist(), strict=True))
 
 
 def path_of(name: str) -> str:

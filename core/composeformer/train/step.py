@@ -27,7 +27,9 @@ class StepResult:
     """What a step did: `loss` is the objective's mean, `losses` side losses and `metrics` means, by path.
 
     `grad_norm` is taken before clipping. `tokens` are those that are real, `weight` the labels' weight;
-    `counts` are totals by path. `skipped` says why neither the optimizer nor any part's work ran, or is None.
+    `counts` are totals by path. Of a predictor `losses` has each depth's weighted loss, `metrics` its mean over
+    the labels of that depth; `metrics` also has what parts tell after the step.
+    `skipped` says why neither the optimizer nor any part's work ran, or is None.
     """
 
     step: int
@@ -67,9 +69,11 @@ def train_step(
     divisor = torch.where(weight > 0, weight, 1)
     tokens = torch.stack([batch.num_tokens() for batch in batches]).sum()
     ledger = _Ledger()
+    values = values or {}
+    weight_of_predictions = _predictor_weight(model, values)
     model.zero_grad(set_to_none=True)
     for batch in batches:
-        loss = ledger.add(_forward(model, batch), batch, objective)
+        loss = ledger.add(_forward(model, batch), batch, objective, weight_of_predictions)
         torch.autograd.backward(loss / divisor)
     norm = global_norm(model.parameters())
     if clip_norm is not None:
@@ -77,14 +81,24 @@ def train_step(
     result = ledger.result(step, norm, tokens, weight)
     if result.skipped is None:
         optimizer.step()
-        run = Run(step=step, tokens=result.tokens, path="", config=None, values=values or {})
-        after_step(model, result.counts, run)
+        run = Run(step=step, tokens=result.tokens, path="", config=None, values=values)
+        metrics = after_step(model, result.counts, run)
+        result = attrs.evolve(result, metrics={**result.metrics, **metrics})
     return result
+
+
+def _predictor_weight(model: Model, values: Mapping[str, float]) -> float:
+    """What the predictions' losses are multiplied by, as scheduled if it is."""
+    node = model.spec.plan.predictor
+    if node is None:
+        return 0.0
+    return float(values.get("predictor.loss_weight", node.part.config.loss_weight))
 
 
 def _forward(model: Model, batch: TokenBatch) -> ModelOutput:
     ids, valid, documents, positions = batch
-    output: ModelOutput = model(ids, positions=positions, documents=documents, valid=valid, phase="train")
+    given = {"positions": positions, "documents": documents, "valid": valid}
+    output: ModelOutput = model(ids, **given, phase="train", predict=model.predictor is not None)
     return output
 
 
@@ -97,17 +111,24 @@ class _Ledger:
         self._metrics: dict[str, list[Tensor]] = {}
         self._counts: dict[str, Tensor] = {}
 
-    def add(self, outputs: ModelOutput, batch: TokenBatch, objective: Objective) -> Tensor:
+    def add(
+        self, outputs: ModelOutput, batch: TokenBatch, objective: Objective, predictor_weight: float
+    ) -> Tensor:
         """Enters one forward; returns its summed loss, side losses included."""
         loss, _ = objective(outputs, batch.seen())
         self._loss.append(loss.detach())
-        for path, side in outputs.aux.losses.items():
+        sides = dict(outputs.aux.losses)
+        for depth, prediction in enumerate(outputs.predictions, 1):
+            told = ModelOutput(prediction.logits, prediction.hidden)
+            side, weight = objective(told, prediction.batch)
+            path = f"predictor.depth_{depth}"
+            self._metrics.setdefault(path, []).append(_pair(side, weight))
+            sides[path] = side * (predictor_weight * prediction.share)
+        for path, side in sides.items():
             self._losses.setdefault(path, []).append(side.detach().sum())
             loss = loss + side.sum()
         for path, pair in outputs.aux.metrics.items():
-            self._metrics.setdefault(path, []).append(
-                torch.stack([value.detach().double() for value in pair])
-            )
+            self._metrics.setdefault(path, []).append(_pair(*pair))
         add_counts(self._counts, outputs.aux)
         return loss
 
@@ -137,6 +158,10 @@ class _Ledger:
             counts=self._counts,
             skipped=skipped,
         )
+
+
+def _pair(value: Tensor, weight: Tensor) -> Tensor:
+    return torch.stack([value.detach().double(), weight.detach().double()])
 
 
 def _sum(values: Sequence[Tensor]) -> Tensor:

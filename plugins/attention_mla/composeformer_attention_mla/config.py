@@ -9,6 +9,7 @@ from math import sqrt
 
 from composeformer.config import Config, config, field, part
 from composeformer.contracts import Cache, Core, Cost, Declared, Linear, Normal, Part, Phase
+from composeformer.errors import Problem
 from composeformer.site import Site
 
 
@@ -60,6 +61,12 @@ class MLA(Config):
         """What scores are multiplied by: a position that stretches the context may sharpen them."""
         sharpened: float = getattr(self.position.config, "score_scale", 1.0)
         return sharpened / sqrt(self.qk_head_dim)
+
+    def validate(self, site: Site) -> Iterable[Problem]:
+        width = self.qk_rope_head_dim
+        turns = getattr(self.position.config, "rotary_width", None)
+        if width % 2 and turns is not None and turns(width) == width:
+            yield Problem("qk_rope_head_dim", width, "must be even: features turn in pairs")
 
     def tensors(self, site: Site) -> Iterable[Declared]:
         inner = Normal(site.spec.model.init_std)

@@ -34,7 +34,7 @@ class Expanded(LatentAttention):
             k_BSHD.transpose(1, 2),
             v_BSHV.transpose(1, 2),
             attn_mask=None if seen is None else seen[:, None],
-            is_causal=seen is None,
+            is_causal=seen is None and q_BTHD.shape[1] > 1,
             scale=self.scale,
         )
         return mixed_BHTD.transpose(1, 2)[..., : self.value]

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from composeformer.contracts import Component, Implementation
 from composeformer.hookspecs import hookimpl
@@ -29,3 +30,8 @@ COMPONENTS = (
 @hookimpl
 def compose_components() -> Iterable[Component]:
     return COMPONENTS
+
+
+@hookimpl
+def compose_dialects() -> Iterable[Path]:
+    return sorted((Path(__file__).parent / "dialects").glob("*.toml"))

@@ -92,12 +92,13 @@ class LatentAttention(nn.Module):
         key_BSR: Float[Tensor, "B S R"],
         seen: Bool[Tensor, "_ T S"] | None,
     ) -> Float[Tensor, "B T H V"]:
-        """The attention core. Every query sees a key at least; None means causal over equally many tokens."""
+        """The attention core. Every query sees a key at least; None means causal: they are the last T of S tokens."""
         kind = torch.promote_types(q_BTHN.dtype, torch.float32)
         q_BTHD, k_BSHD, v_BSHV = self.heads(q_BTHN, q_BTHR, latent_BSC, key_BSR)
         scores_BHTS = torch.einsum("bthd,bshd->bhts", q_BTHD.to(kind), k_BSHD.to(kind)) * self.scale
         if seen is None:
-            seen = torch.ones(scores_BHTS.shape[-2:], dtype=torch.bool, device=q_BTHN.device).tril()[None]
+            seen = torch.ones(scores_BHTS.shape[-2:], dtype=torch.bool, device=q_BTHN.device)
+            seen = seen.tril(seen.shape[1] - seen.shape[0])[None]
         weights_BHTS = scores_BHTS.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
         mixed_BTHV = torch.einsum("bhts,bshv->bthv", weights_BHTS, v_BSHV.to(kind))
         return mixed_BTHV.to(q_BTHN.dtype)

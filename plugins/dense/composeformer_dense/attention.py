@@ -75,7 +75,7 @@ class Attention(nn.Module):
         v_BSKD: Float[Tensor, "B S K D"],
         seen: Bool[Tensor, "_ T S"] | None,
     ) -> Float[Tensor, "B T H D"]:
-        """The attention core. Every query sees a key at least; None means causal over equally many tokens."""
+        """The attention core. Every query sees a key at least; None means causal: they are the last T of S tokens."""
         kind = torch.promote_types(q_BTHD.dtype, torch.float32)
         B, T, _, D = q_BTHD.shape
         q_BTKGD = q_BTHD.to(kind).reshape(B, T, k_BSKD.shape[2], -1, D)
@@ -83,7 +83,8 @@ class Attention(nn.Module):
         if self.cap is not None:
             scores_BKGTS = self.cap * torch.tanh(scores_BKGTS / self.cap)
         if seen is None:
-            seen = torch.ones(scores_BKGTS.shape[-2:], dtype=torch.bool, device=q_BTHD.device).tril()[None]
+            seen = torch.ones(scores_BKGTS.shape[-2:], dtype=torch.bool, device=q_BTHD.device)
+            seen = seen.tril(seen.shape[1] - T)[None]
         scores_BKGTS = scores_BKGTS.masked_fill(~seen[:, None, None], -torch.inf)
         if self.sinks is None:
             weights_BKGTS = scores_BKGTS.softmax(-1)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from composeformer.contracts import Linear
 from composeformer.tensors import DTYPES
 from composeformer_dense.configs.precision import BF16, Full
+from composeformer_dense.ragged import ragged
 
 
 class CastLinear(nn.Module):
@@ -44,11 +45,7 @@ class CastLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(self.dtype)
         if offsets is None:
             return F.linear(x, self.matrix(), bias)
-        weights = self.matrix().unbind(0)
-        biases = [None] * len(weights) if bias is None else bias.unbind(0)
-        ends = [0, *offsets.tolist()]
-        parts = [F.linear(x[ends[e] : ends[e + 1]], weights[e], biases[e]) for e in range(len(weights))]
-        return torch.cat([*parts, x.new_zeros(x.shape[0] - ends[-1], weights[0].shape[0])])
+        return ragged(x, self.matrix(), bias, offsets)
 
 
 class FullPolicy:

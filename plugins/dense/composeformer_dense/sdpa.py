@@ -32,7 +32,7 @@ class SDPA(Attention):
             k_BSKD.transpose(1, 2),
             v_BSKD.transpose(1, 2),
             attn_mask=None if seen is None else seen[:, None],
-            is_causal=seen is None,
+            is_causal=seen is None and q_BTHD.shape[1] > 1,
             scale=self.head_dim**-0.5,
             enable_gqa=groups > 1,
         )

@@ -49,6 +49,8 @@ REPORTS = [
     ("check", "tiny-llama", "smollm2-135m"),
     ("show", "tiny-llama"),
     ("show", "tiny-llama", "--values"),
+    ("show", "tiny-deepseek-v3"),
+    ("show", "tiny-deepseek-v3", "--values"),
     ("cost", "llama-3.1-405b"),
     ("plugins",),
     ("plugins", "list"),

@@ -88,3 +88,16 @@ def test_a_key_that_makes_no_sense_is_named(each: Pattern, config: dict[str, Any
 def test_layers_that_no_rule_says_are_refused() -> None:
     with pytest.raises(DialectError, match="fit no pattern"):
         patterns.write(made({"first": "n"}), (False, True, False))
+
+
+def test_all_layers_or_none_by_a_switch() -> None:
+    each = made({"all": True}, switch="on")
+    for layers in ((True,) * 3, (False,) * 3):
+        config = patterns.write(each, layers)
+        assert config == {"on": layers[0]}
+        assert patterns.read(each, config, 3) == layers
+    assert each.keys == {"on"}
+    with pytest.raises(DialectError, match="fit no pattern"):
+        patterns.write(each, (False, True, True))
+    with pytest.raises(DialectError, match="all must be true"):
+        made({"all": 3})

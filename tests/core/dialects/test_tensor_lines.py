@@ -230,6 +230,19 @@ def test_tensors_are_loaded_one_line_and_layer_at_a_time() -> None:
     assert store.loaded == ["0.qk"]
 
 
+def test_a_number_of_tensors_that_no_model_has_is_refused_before_they_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stack = {"theirs": "e.{e}", "ours": "w", "stack": {"e": "n"}}
+    with pytest.raises(DialectError, match="more than 1000000 tensors"):
+        transfers([stack], {"w": (10**15, 1)}, n=10**15)
+    layers = {**stack, "theirs": "{l}.e.{e}", "ours": "w.{l}"}
+    monkeypatch.setattr(rules, "MAX_TENSORS", 10)
+    assert len(transfers([layers], {"w.0": (5, 1), "w.1": (5, 1)}, num_layers=2, n=5)) == 2
+    with pytest.raises(DialectError, match="more than 10 tensors"):
+        transfers([layers], {f"w.{i}": (4, 1) for i in range(3)}, num_layers=3, n=4)
+
+
 def refused(lines: Lines, ours: Mapping[str, tuple[int, ...]], **names: Any) -> Callable[[], object]:
     return lambda: transfers(lines, ours, **names)
 

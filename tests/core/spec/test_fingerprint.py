@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from composeformer.config import FieldFacts, facts_of
-from composeformer.contracts import Part
+from composeformer.contracts import LayerParts, Part
 from composeformer.errors import SpecError
 from composeformer.spec import Spec, shipped
 from composeformer.spec.fingerprint import fingerprint, meaning
@@ -17,12 +17,19 @@ from composeformer.testing.specs import specs
 
 # A change here says that folders written before are of another architecture: mean it, and say why.
 GOLDEN = {
+    "deepseek-v2": "cb86e36508f54f25c262d6f9d62b4be37839bd66791ebc3374b5c54d57f31f24",
+    "deepseek-v2-lite": "3675a860671d0283852eea6a049d63cc35ff8c3efac7c92c9b94cdb57b85b5fe",
+    "deepseek-v3": "3f01a3b80e7b31f3821e450a44d253c8628c6a896011c4907659f301ddf7af7e",
     "llama-2-7b": "3710ebddad0dbca9ca1ab8eb365d36969259dcc09f6a77aee369f02fdc0b9497",
     "llama-3.1-405b": "b4530f748c151a2d7436f4b5a88099f08908fab0e25feb1284d727919ccfbdfb",
     "llama-3.1-8b": "0837945faa4681a341f7d87dec2460d5401575492325ef96f7e0176733ac5f81",
+    "mixtral-8x7b": "0c3d5f646830dda551b6d4d4f39432cdf1d6a04eb3f725dbb9e21bd84c1b3bc2",
     "qwen2.5-72b": "771b64309417e9dcc803a98a2e733eda64280c991343c5dc35eb955d1b4ebbb5",
+    "qwen3-30b-a3b": "c733e1735211cf36b0c1b1c3e702674d33708befd007e38c4110910908aba12c",
     "smollm2-135m": "9fd81204f390fb6a49f0e79b9064e03121371e59b4b1858aeb66d3e611f674fc",
+    "tiny-deepseek-v3": "21282bc021ba2343871f8bdac5fdea9c5a7084a295353fc84168fc7b941d246a",
     "tiny-llama": "7d4e5f693611ef19c8cb127dd6a090933e9525bcf04fd674b3632396bedc6863",
+    "tiny-moe": "90ee2d035e71f90662e3ef2f5d9f69c7a48120833308f264a1d97dcfefa40eb9",
 }
 
 
@@ -51,7 +58,7 @@ def test_order_and_formatting_do_not_count(data: dict[str, Any], random: Any) ->
 @settings(deadline=None, max_examples=50)
 @given(specs())
 def test_names_of_components_do_not_count(data: dict[str, Any]) -> None:
-    slots = ("norm", "position", "mixer", "ffn")
+    slots = [slot for slot in ("norm", "position", "router", "mixer", "ffn") if slot in data]
     names = {slot: {n: f"{n}-renamed" for n in data[slot]} for slot in slots if "kind" not in data[slot]}
 
     def reference(slot: str, found: Any) -> Any:
@@ -72,7 +79,7 @@ def test_names_of_components_do_not_count(data: dict[str, Any]) -> None:
         ]
 
     renamed = dict(data, name="renamed", layers=entries(data["layers"]))
-    for slot in (*slots, "residual"):
+    for slot in (*slots, "residual", "predictor"):
         if slot in names:
             renamed[slot] = {names[slot][n]: reference(slot, table) for n, table in data[slot].items()}
         elif slot in data:
@@ -113,7 +120,12 @@ def test_stating_a_default_does_not_count(data: dict[str, Any]) -> None:
 
     def table(config: Any) -> dict[str, Any]:
         fields = {name: getattr(config, name) for name in facts_of(type(config))}
-        return {n: part(v) if isinstance(v, Part) else v for n, v in fields.items() if v is not None}
+        return {n: plain(v) for n, v in fields.items() if v is not None}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, LayerParts):
+            return {"mixer": False, "ffn": False} | {slot: part(held) for slot, held in value.items()}
+        return part(value) if isinstance(value, Part) else value
 
     def part(found: Part) -> dict[str, Any]:
         return {"kind": found.kind, **table(found.config)}
@@ -121,6 +133,7 @@ def test_stating_a_default_does_not_count(data: dict[str, Any]) -> None:
     plan = found.plan
     full: dict[str, Any] = {"model": table(found.model)}
     full |= {slot: part(found.single(slot)) for slot in ("embedding", "head", "residual")}
+    full |= {} if plan.predictor is None else {"predictor": part(plan.predictor.part)}
     full["layers"] = [
         {slot: part(layer[slot].part) if slot in layer else False for slot in ("mixer", "ffn")}
         for layer in plan.layers
@@ -143,6 +156,33 @@ def test_a_pattern_is_the_layers_it_spells_out() -> None:
     pattern = found.with_(layers=[{"repeat": 2, "layers": [{}, local]}])
     assert pattern.fingerprint == found.with_(layers=[{}, local, {}, local]).fingerprint
     assert pattern.fingerprint != found.with_(layers=[{}, {}, local, local]).fingerprint
+
+
+def test_a_predictors_layer_is_the_last_one_unless_it_says_otherwise() -> None:
+    found = Spec.load("tiny-deepseek-v3")
+    for same in ({"mixer": "mla", "ffn": "experts"}, {"ffn": "experts"}, {"ffn": {"use": "experts"}}):
+        assert found.with_(predictor={"layer": same}).fingerprint == found.fingerprint
+    for otherwise in (
+        {"ffn": "dense"},
+        {"ffn": False},
+        {"mixer": {"use": "mla", "window": 8}, "ffn": "experts"},
+    ):
+        changed = found.with_(predictor={"layer": otherwise})
+        assert changed.fingerprint != found.fingerprint
+    # What the last layer is said to be by default counts as its own.
+    longer = [*found.to_dict()["layers"], {"ffn": "dense"}]
+    dense = found.with_(layers=longer)
+    assert dense.fingerprint == dense.with_(predictor={"layer": {"ffn": "dense"}}).fingerprint
+    assert dense.fingerprint != dense.with_(predictor={"layer": {"ffn": "experts"}}).fingerprint
+
+
+def test_how_a_predictor_and_a_router_are_trained_does_not_count() -> None:
+    found = Spec.load("tiny-deepseek-v3")
+    router = {"bias_update_speed": 0.5, "sequence_balance_alpha": 0.5}
+    changed = found.with_(predictor={"loss_weight": 0.7}, ffn={"experts": {"router": router}})
+    assert changed.fingerprint == found.fingerprint
+    assert found.with_(predictor={"depth": 2}).fingerprint != found.fingerprint
+    assert found.with_({"ffn.experts.router.top_k": 3}).fingerprint != found.fingerprint
 
 
 def other(fact: FieldFacts, value: Any) -> st.SearchStrategy[Any]:

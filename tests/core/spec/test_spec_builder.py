@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from composeformer.config import facts_of
-from composeformer.contracts import Part
+from composeformer.contracts import LayerParts, Part
 from composeformer.errors import DEFAULT, ComposeError, SpecError
 from composeformer.spec import Spec, shipped
 from composeformer.spec.values import leaves
@@ -152,8 +152,10 @@ def test_every_field_of_every_part_is_listed_where_it_is_stated(data: dict[str, 
         for name in facts_of(type(part.config)):
             value = getattr(part.config, name)
             places = [".".join(map(_key, (*path, name))) for path in part.paths]
-            if isinstance(value, Part):
-                covered(value)
+            if isinstance(value, Part | LayerParts):
+                for held in (value,) if isinstance(value, Part) else (value.mixer, value.ffn):
+                    if held is not None:
+                        covered(held)
                 assert any(
                     place in listed or any(p.startswith(f"{place}.") for p in listed) for place in places
                 )
@@ -165,6 +167,8 @@ def test_every_field_of_every_part_is_listed_where_it_is_stated(data: dict[str, 
         for _, part in layer.items():
             covered(part)
     covered(found.single("residual"))
+    if found.singles["predictor"] is not None:
+        covered(found.single("predictor"))
 
 
 def _key(step: str | int) -> str:

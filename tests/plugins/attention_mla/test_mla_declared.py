@@ -124,7 +124,7 @@ def test_declared_products_are_those_pytorch_counts(lab, mixer):
         ({"mixer": {"num_heads": 0}}, "mixer.num_heads = 0: must be >= 1"),
         ({"mixer": {"v_head_dim": 0}}, "mixer.v_head_dim = 0: must be >= 1"),
         ({"mixer": {"window": 0}}, "mixer.window = 0: must be >= 1"),
-        ({"mixer": {"qk_rope_head_dim": 5}}, "must give an even rotary width, not 5"),
+        ({"mixer": {"qk_rope_head_dim": 5}}, "qk_rope_head_dim = 5: must be even"),
         ({"mixer": {"kv_lora_rank": None}}, "mixer.kv_lora_rank: is required"),
         ({"mixer": {"kv_lora_rnak": 7}}, "did you mean 'kv_lora_rank'"),
         ({"mixer": {"norm": "rms"}}, "mixer.norm"),

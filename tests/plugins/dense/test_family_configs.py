@@ -369,7 +369,7 @@ def test_no_dialect_is_told_with_the_reasons_of_each() -> None:
     odd = Spec.from_dict(PLAIN | {"mixer": PLAIN["mixer"] | {"sinks": True}})
     with pytest.raises(DialectError) as caught:
         expressing(odd)
-    assert {line.split(":")[0] for line in caught.value.lines} == set(FAMILIES)
+    assert {line.split(":")[0] for line in caught.value.lines} >= set(FAMILIES)
 
 
 def test_gguf_is_read_and_not_written() -> None:

@@ -1,0 +1,168 @@
+"""Speculative decoding: the predictor drafts tokens, and one forward of the model verifies all of them.
+
+Greedy, a draft is taken while it is the model's own choice; then the model's choice follows. Sampling, a draft d
+of the predictor's distribution q is taken with probability min(1, p(d) / q(d)), else a token is drawn from what
+p has more than q: so tokens have the model's distribution p, whatever q is. Source: arXiv 2211.17192,
+algorithm 1. Both p and q are behind the sampling's temperature and filters.
+
+Each row takes as many drafts as are right for it, and forgets the others alone.
+
+Shapes: B rows, K drafts, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from composeformer.decoder import Model
+from composeformer.generation.decoding import Decoding
+from composeformer.generation.rows import Row
+from composeformer.generation.sampling import Candidates, Draws, Sampling, candidates, check_finite, pick
+
+
+class Speculation(Decoding):
+    """Decoding with drafts."""
+
+    def __init__(self, model: Model, rows: Sequence[Row], sampling: Sampling) -> None:
+        self.ahead = model.predictor.num_drafts
+        super().__init__(model, rows, sampling)
+        with torch.inference_mode():
+            self.drafting = model.predictor.new_cache(len(rows), self.length)
+        self._drafts: list[list[int]] = []
+        self._drafted_from: list[list[Candidates]] = []  # of each row, where it samples
+
+    @torch.inference_mode()
+    def start(self, chunk: int | None) -> list[str]:
+        """Reads the prompts, also into the predictor; the rows' first new text."""
+        unread: tuple[Tensor, Tensor, Tensor | None] | None = None
+        for ids, valid in self.chunks(chunk):
+            if unread is not None:
+                # What follows a chunk's last token is the next one's first.
+                hidden, before, real = unread
+                self._read(hidden, torch.cat([before[:, 1:], ids[:, :1]], 1), real)
+            output = self.forward(ids, valid, "prefill")
+            unread = output.hidden, ids, valid
+        assert unread is not None
+        pieces = self.take(output.logits[:, -1])
+        hidden, before, real = unread
+        newest = torch.tensor([[row.ids[-1]] for row in self.rows], device=self.model.device)
+        self._draft(hidden, torch.cat([before[:, 1:], newest], 1), self._unfinished(real, before.shape))
+        return pieces
+
+    @torch.inference_mode()
+    def step(self) -> list[str]:
+        """Feeds each row's newest token and its drafts; the rows' new text."""
+        device = self.model.device
+        fed = [self._room(row) for row in self.rows]
+        ids = torch.tensor(
+            [[row.ids[-1], *drafts] for row, drafts in zip(self.rows, self._drafts)], device=device
+        )
+        columns = torch.arange(self.ahead + 1, device=device)
+        valid = columns < torch.tensor(fed, device=device)[:, None]
+        full = min(fed) > self.ahead
+        output = self.forward(ids, None if full else valid, "decode", last_only=False)
+        pieces = [""] * len(self.rows)
+        taken = self._verify(output.logits, fed)
+        for index, (row, tokens) in enumerate(zip(self.rows, taken, strict=True)):
+            for token in tokens:
+                if row.finish_reason is None:
+                    pieces[index] += row.take(token)
+        kept = torch.tensor([len(tokens) for tokens in taken], device=device)
+        self.cache.rollback(torch.tensor(fed, device=device) - kept)
+        following = [[*tokens, *[0] * (self.ahead + 1 - len(tokens))] for tokens in taken]
+        if any(row.finish_reason is None for row in self.rows):
+            real = self._unfinished(columns < kept[:, None], ids.shape)
+            self._draft(output.hidden, torch.tensor(following, device=device), real)
+        return pieces
+
+    def _room(self, row: Row) -> int:
+        """How many tokens are fed for a row: the last one taken is never fed."""
+        return min(self.ahead + 1, row.room - len(row.ids)) if row.finish_reason is None else 0
+
+    def _unfinished(self, real: Tensor | None, shape: Sequence[int]) -> Bool[Tensor, "B T"] | None:
+        """`real` without the rows that have ended."""
+        live = [row.finish_reason is None for row in self.rows]
+        if all(live):
+            return real
+        rows = torch.tensor(live, device=self.model.device)[:, None]
+        return rows.expand(*shape) if real is None else real & rows
+
+    def _read(self, hidden: Tensor, following: Tensor, valid: Tensor | None) -> None:
+        """A part of the prompts into the predictor, whose drafts nobody needs."""
+        choose = lambda _, logits: logits.argmax(-1)  # noqa: E731
+        if valid is None or bool(valid.any()):
+            self.model.predictor.draft(hidden, following, valid, self.drafting, self.model.rotary, choose)
+
+    def _draft(
+        self, hidden: Float[Tensor, "B T D"], following: Int[Tensor, "B T"], valid: Tensor | None
+    ) -> None:
+        """Drafts for every unfinished row; the others' are zeros."""
+        self._drafted_from = [[] for _ in self.rows]
+        steps = [len(row.ids) for row in self.rows]
+
+        def choose(k: int, logits: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
+            if self.sampling.greedy:
+                return logits.argmax(-1)
+            chosen = [0] * len(self.rows)
+            for index, (row, of_row) in enumerate(zip(self.rows, logits.to("cpu"), strict=True)):
+                if row.finish_reason is None:
+                    self._drafted_from[index].append(candidates(of_row, self.sampling))
+                    uniform = row.draws.uniform(steps[index] + k, b"draft")
+                    chosen[index] = pick(self._drafted_from[index][k], uniform)
+            return torch.tensor(chosen, device=logits.device)
+
+        if valid is not None and not bool(valid.any()):
+            self._drafts = [[0] * self.ahead for _ in self.rows]
+            return
+        predictor, rotary = self.model.predictor, self.model.rotary
+        self._drafts = predictor.draft(hidden, following, valid, self.drafting, rotary, choose).tolist()
+
+    def _verify(self, logits: Float[Tensor, "B K+1 V"], fed: Sequence[int]) -> list[list[int]]:
+        """The tokens that each row takes: right drafts and one of the model's own; none for a finished row."""
+        largest, best = logits.amax(-1).tolist(), logits.argmax(-1).tolist()
+        host = None if self.sampling.greedy else logits.to("cpu")
+        taken: list[list[int]] = []
+        for index, row in enumerate(self.rows):
+            tokens: list[int] = []
+            for k in range(fed[index]):
+                step = len(row.ids) + k
+                check_finite(largest[index][k], index, step)
+                drafted = k + 1 < fed[index]
+                draft = self._drafts[index][k] if drafted else None
+                if host is None:
+                    token = best[index][k]
+                else:
+                    drafted_from = self._drafted_from[index][k] if drafted else None
+                    kept = candidates(host[index, k], self.sampling)
+                    token = accept(kept, draft, drafted_from, row.draws, step)
+                tokens.append(token)
+                row.drafted += drafted
+                if token != draft:
+                    break
+                row.accepted += 1
+            row.steps += bool(tokens)
+            taken.append(tokens)
+        return taken
+
+
+def accept(
+    kept: Candidates, draft: int | None, drafted_from: Candidates | None, draws: Draws, step: int
+) -> int:
+    """A token distributed as `kept`: the draft, if it is taken; it was drawn from `drafted_from`."""
+    if draft is None or drafted_from is None:
+        return pick(kept, draws.uniform(step))
+    wanted, offered = _probability(kept, draft), _probability(drafted_from, draft)
+    if draws.uniform(step, b"accept") * offered < wanted:
+        return draft
+    less = torch.zeros(int(max(kept.ids[-1], drafted_from.ids[-1])) + 1, dtype=torch.float64)
+    less[drafted_from.ids] = drafted_from.probabilities
+    left = (kept.probabilities - less[kept.ids]).clamp(min=0)
+    # Rounding can leave nothing where both distributions are equal.
+    return pick(Candidates(kept.ids, left) if float(left.sum()) > 0 else kept, draws.uniform(step))
+
+
+def _probability(of: Candidates, token: int) -> float:
+    found = (of.ids == token).nonzero()
+    return float(of.probabilities[found[0, 0]]) if len(found) else 0.0

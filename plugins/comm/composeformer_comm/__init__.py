@@ -1,0 +1,1 @@
+"""How tokens reach their experts: within one process, and later across many."""

@@ -1,0 +1,1 @@
+"""Mixture of experts: a feed-forward network of which each token passes through a few parts, and its routers."""

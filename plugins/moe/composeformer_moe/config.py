@@ -1,0 +1,75 @@
+"""`moe`: the mixture of experts on paper.
+
+Sources: DeepSeekMoE, arXiv 2401.06066 (shared and fine-grained experts); DeepSeek-V3, arXiv 2412.19437,
+section 2.1.2. Every expert is a SwiGLU (arXiv 2002.05202).
+"""
+
+from collections.abc import Iterable
+from math import sqrt
+
+from composeformer.config import Config, config, field, part
+from composeformer.contracts import Cost, Declared, Exchange, Linear, Normal, Part, Phase
+from composeformer.errors import Problem
+from composeformer.site import Site
+
+
+@config
+class MoE(Config):
+    """The sum of the shared experts and of the `top_k` experts that the router chose, times its weights.
+
+    No token is dropped. Initial values: normal with `init_std`; the last projections divided by
+    sqrt(2 layers), as in a dense feed-forward network.
+    """
+
+    num_experts: int = field(minimum=1, unit="experts", help="Routed experts.")
+    intermediate_size: int = field(minimum=1, unit="features", help="Width of each routed expert.")
+    num_shared_experts: int = field(
+        default=0, minimum=0, unit="experts", help="Experts that every token passes through; one map in fact."
+    )
+    shared_intermediate_size: int | None = field(
+        None,
+        minimum=1,
+        unit="features",
+        help="Width of each shared expert; absent: that of a routed one.",
+    )
+    router: Part = part("router", help="Chooses each token's experts, and weighs their outputs.")
+
+    @property
+    def shared_width(self) -> int:
+        """Width of all shared experts together."""
+        return self.num_shared_experts * (self.shared_intermediate_size or self.intermediate_size)
+
+    def validate(self, site: Site) -> Iterable[Problem]:
+        if self.shared_intermediate_size is not None and not self.num_shared_experts:
+            told = "there are no shared experts; give num_shared_experts"
+            yield Problem("shared_intermediate_size", self.shared_intermediate_size, told)
+
+    def tensors(self, site: Site) -> Iterable[Declared]:
+        inner = Normal(site.spec.model.init_std)
+        outer = Normal(site.spec.model.init_std / sqrt(2 * site.num_layers))
+        yield site.part(self.router, "router", num_experts=self.num_experts)
+        for name, inputs, outputs, init in (
+            ("gate", site.width, self.intermediate_size, inner),
+            ("up", site.width, self.intermediate_size, inner),
+            ("down", self.intermediate_size, site.width, outer),
+        ):
+            yield Linear(
+                name=name,
+                inputs=inputs,
+                outputs=outputs,
+                groups=self.num_experts,
+                active=min(self.router.config.top_k, self.num_experts),
+                shard="group",
+                init=init,
+            )
+        if self.shared_width:
+            for name in ("shared_gate", "shared_up"):
+                yield Linear(name=name, inputs=site.width, outputs=self.shared_width, shard="out", init=inner)
+            yield Linear(
+                name="shared_down", inputs=self.shared_width, outputs=site.width, shard="in", init=outer
+            )
+
+    def cost(self, site: Site, phase: Phase) -> Iterable[Cost]:
+        top_k: int = self.router.config.top_k
+        yield Exchange(name="dispatch", elements=site.width, fan_out=top_k)
+        yield Exchange(name="combine", elements=site.width, fan_out=top_k)

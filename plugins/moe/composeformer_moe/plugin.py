@@ -1,0 +1,63 @@
+"""Registers `moe` and its routers. Imports no torch: modules are named, and loaded when a model is built."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from composeformer.contracts import Component, Facts, Implementation
+from composeformer.hookspecs import hookimpl
+from composeformer_moe.config import MoE
+from composeformer_moe.routers import SigmoidBias, Softmax
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def grouped_needs(facts: Facts) -> str | None:
+    """PyTorch's grouped product takes no float64, and rows of whole 16 bytes."""
+    if facts.dtype not in BYTES:
+        return f"PyTorch's grouped product takes no {facts.dtype}"
+    for name, size in (
+        ("hidden_size", facts.site.width),
+        ("intermediate_size", facts.config.intermediate_size),
+    ):
+        if size * BYTES[facts.dtype] % 16:
+            return f"PyTorch's grouped product wants rows of whole 16 bytes; {name} is {size}"
+    return None
+
+
+COMPONENTS = (
+    Component(
+        "ffn",
+        "moe",
+        MoE,
+        (
+            Implementation("grouped", "composeformer_moe.grouped:Grouped", needs=grouped_needs),
+            Implementation("batched", "composeformer_moe.batched:Batched"),
+            Implementation("reference", "composeformer_moe.reference:MixtureOfExperts"),
+        ),
+        summary="shared experts, and routed ones of which each token passes through a few",
+    ),
+    Component(
+        "router",
+        "softmax",
+        Softmax,
+        (Implementation("reference", "composeformer_moe.softmax:SoftmaxRouter"),),
+        summary="softmax over experts, balanced by losses",
+    ),
+    Component(
+        "router",
+        "sigmoid-bias",
+        SigmoidBias,
+        (Implementation("reference", "composeformer_moe.sigmoid_bias:SigmoidBiasRouter"),),
+        summary="sigmoids, balanced without a loss by a bias on the choice",
+    ),
+)
+
+
+@hookimpl
+def compose_components() -> Iterable[Component]:
+    return COMPONENTS
+
+
+@hookimpl
+def compose_dialects() -> Iterable[Path]:
+    return sorted((Path(__file__).parent / "dialects").glob("*.toml"))

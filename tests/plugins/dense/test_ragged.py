@@ -1,0 +1,115 @@
+"""The grouped product behind linear maps with groups, where PyTorch's own serves and where it does not."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from composeformer_dense import ragged as module
+from composeformer_dense.ragged import fused, ragged
+
+quick = settings(max_examples=30, deadline=None, derandomize=True)
+# Sums of 8 products; bfloat16 and float16 keep 8 and 11 bits.
+BOUNDS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def poisoned(a, b, *, offs):
+    """PyTorch's product with NaN where it leaves memory as it found it."""
+    y = torch.nn.functional.grouped_mm(a, b, offs=offs)
+    if b.ndim == 3:
+        y[int(offs[-1]) :] = torch.nan
+    return y
+
+
+class Poisoned:
+    grouped_mm = staticmethod(poisoned)
+    linear = staticmethod(torch.nn.functional.linear)
+    pad = staticmethod(torch.nn.functional.pad)
+
+
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+@quick
+@given(
+    counts=st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    spare=st.integers(0, 3),
+    bias=st.booleans(),
+    ends_dtype=st.sampled_from([torch.int32, torch.int64]),
+)
+def test_each_groups_rows_by_its_own_map_with_gradients_in_poisoned_memory(
+    dtype, counts, spare, bias, ends_dtype
+):
+    used, groups = sum(counts), len(counts)
+    generator = torch.Generator().manual_seed(used)
+    x, matrix, shift, cotangent = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((used + spare, 8), (groups, 16, 8), (groups, 16), (used + spare, 16))
+    )
+    x[used:], cotangent[used:] = torch.nan, torch.nan
+    leaves = [each.requires_grad_() for each in (x, matrix, *([shift] if bias else []))]
+    ends = torch.tensor(counts).cumsum(0).to(ends_dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "F", Poisoned)
+        y = ragged(x, matrix, shift if bias else None, ends)
+        found = torch.autograd.grad(y, leaves, cotangent)
+    group = torch.repeat_interleave(torch.arange(groups), torch.tensor(counts))
+    wide = [each.detach().double().requires_grad_() for each in leaves]
+    wanted = torch.einsum("ni,noi->no", wide[0][:used], wide[1][group])
+    wanted = wanted + wide[2][group] if bias else wanted
+    gradients = torch.autograd.grad(wanted, wide, cotangent[:used].double(), materialize_grads=True)
+    assert y.shape == (used + spare, 16)
+    assert not y[used:].any()
+    assert not found[0][used:].any()
+    for a, b in zip((y[:used], *found), (wanted, *gradients), strict=True):
+        assert a.dtype == dtype
+        assert torch.isfinite(a).all()
+        assert not a.numel() or (a.double() - b).abs().max() <= BOUNDS[dtype] * b.abs().max().clamp(min=1)
+    empty = torch.tensor(counts) == 0
+    assert not any(each[empty].any() for each in found[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_that_are_not_contiguous_are_taken(dtype):
+    """As of a sum, whose gradient is one number expanded, or of a transpose."""
+    x, matrix = torch.randn(6, 8, dtype=dtype, requires_grad=True), torch.randn(2, 4, 8, dtype=dtype)
+    ends = torch.tensor([2, 6])
+    for use in (lambda y: y.sum(), lambda y: (y.T * torch.arange(6)).sum(), lambda y: y[:, ::2].sum()):
+        use(ragged(x, matrix, None, ends)).backward()
+        found, x.grad = x.grad, None
+        use(torch.cat([x[:2] @ matrix[0].T, x[2:] @ matrix[1].T])).backward()
+        assert torch.allclose(found, x.grad, rtol=1e-5, atol=1e-5)
+        x.grad = None
+
+
+def test_inputs_that_are_not_contiguous_are_taken():
+    x, matrix = torch.randn(8, 6).T, torch.randn(2, 8, 4).mT
+    y = ragged(x, matrix, None, torch.tensor([2, 6]))
+    assert torch.allclose(y, torch.cat([x[:2] @ matrix[0].T, x[2:] @ matrix[1].T]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "inputs", "outputs", "serves"),
+    [
+        (torch.float32, 8, 4, True),
+        (torch.float32, 31, 4, False),
+        (torch.float32, 4, 6, False),
+        (torch.bfloat16, 8, 16, True),
+        (torch.bfloat16, 4, 8, False),
+        (torch.float64, 8, 8, False),
+    ],
+)
+def test_it_serves_rows_of_whole_16_bytes_forward_and_backward(dtype, inputs, outputs, serves):
+    x, matrix = torch.randn(5, inputs).to(dtype).requires_grad_(), torch.randn(2, outputs, inputs).to(dtype)
+    assert fused(x, matrix) == serves
+    y = ragged(x, matrix, None, torch.tensor([3, 5]))
+    y.float().sum().backward()
+    wanted = torch.cat([x[:3] @ matrix[0].T, x[3:] @ matrix[1].T])
+    assert torch.allclose(y.float(), wanted.float(), rtol=2e-2, atol=2e-2)
+
+
+def test_without_gradients_it_is_the_same_bit_for_bit():
+    x, matrix = torch.randn(5, 8), torch.randn(2, 4, 8, requires_grad=True)
+    wanted = ragged(x, matrix, None, torch.tensor([3, 4]))
+    with torch.no_grad():
+        assert torch.equal(ragged(x, matrix, None, torch.tensor([3, 4])), wanted)
+    with torch.inference_mode():
+        assert torch.equal(ragged(x, matrix, None, torch.tensor([3, 4])), wanted)
