@@ -134,7 +134,9 @@ def test_counts_and_cache_are_those_of_what_is_built(data: dict[str, Any], rows:
     model = build(found, device="meta")
     counts = cost(found)
     assert sum(parameter.numel() for parameter in model.parameters()) == counts.total + counts.predictor
-    biases = sum(buffer.numel() for name, buffer in model.named_buffers() if not name.startswith("predictor."))
+    biases = sum(
+        buffer.numel() for name, buffer in model.named_buffers() if not name.startswith("predictor.")
+    )
     assert counts.buffers == ({"router_bias": biases} if biases else {})
     width = model.activations.itemsize
     cache = model.new_cache(rows, tokens)

@@ -51,7 +51,7 @@ class Softmax(Config):
     """Weights are softmax probabilities of the chosen experts' logits.
 
     Sources: arXiv 1701.06538, arXiv 2101.03961 (balance loss), arXiv 2202.08906 (z-loss); groups by their
-    best expert: arXiv 2405.04434, section 2.1.3.
+    best expert: arXiv 2405.04434, section 2.2.2.
     """
 
     top_k: int = field(minimum=1, unit="experts", help="Experts that each token passes through.")

@@ -44,7 +44,7 @@ def test_drafts_change_no_text_and_are_reported(compose: Any, tmp_path: Path) ->
     assert (code, drafted) == (0, plain)
     assert "drafts accepted" in told
     assert "tokens a step" in told
-    code, out, told = compose(*words, "--prompt", "or not", "--speculate")
+    code, _, told = compose(*words, "--prompt", "or not", "--speculate")
     assert code == 0
     assert "drafts accepted" in told
     (row,) = json.loads(compose(*words, "--speculate", "--json")[1])["generations"]

@@ -130,7 +130,9 @@ def test_narrow_rows_are_weighed_and_summed_in_fp32():
     assert found.dtype == torch.bfloat16
     assert (found == 264).all()
     _, _, sent = LocalExchange(Local(), 8).dispatch(torch.zeros(1, 8).bfloat16(), routing)
-    assert (LocalExchange(Local(), 8).combine(x, sent) == 256 * (1 + 2**-12) + 7).all()
+    combined = LocalExchange(Local(), 8).combine(x, sent)
+    assert combined.dtype == torch.float32
+    assert (combined == 256 * (1 + 2**-12) + 7).all()
 
 
 def test_narrow_gradients_of_a_tokens_rows_are_summed_in_fp32():

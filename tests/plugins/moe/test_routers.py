@@ -148,6 +148,16 @@ def test_normalised_sigmoids_are_the_released_codes_within_rounding(lab, seed, s
     assert torch.allclose(routing.weights, wanted, rtol=5e-6)
 
 
+def test_normalised_sigmoids_in_fp64_far_below_zero(lab):
+    router = lab.router(
+        {"kind": "sigmoid-bias", "top_k": 4}, 16, precision={"kind": "full", "dtype": "float64"}
+    )
+    x = torch.randn(1, 9, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 - 22
+    routing = router(x, lab.batch(x))
+    chosen = x.sigmoid().gather(-1, routing.indices)
+    lab.close(routing.weights, chosen / chosen.sum(-1, keepdim=True), 1e-13)
+
+
 def test_softmax_weights_by_definition(lab):
     x = torch.randn(1, 9, 8, generator=torch.Generator().manual_seed(0))
     all_of_them = x.double().softmax(-1)
