@@ -90,6 +90,8 @@ def test_what_the_system_refuses_is_one_line_and_exit_2(tmp_path: Path, command:
 def test_termination_ends_with_143_and_leaves_nothing_behind(tmp_path: Path) -> None:
     script = """
 import os, signal
+# A test run in the background ignores interrupts, and its children would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import composeformer.store.saving as saving
 write = saving.write_shards
 def slow(folder, *rest, **more):
