@@ -117,15 +117,19 @@ class Model(nn.Module):
         hidden = self.residual.close(stream)
         logits = self.head(hidden[:, -1:] if last_only else hidden)
         predictions: Sequence[Prediction] = ()
-        if self.predictor is not None and self._predicts(predict, cache, batch):
+        if self._predicts(predict, cache, batch):
             predictions = tuple(self.predictor(stream, hidden, batch))
             aux += [prediction.aux for prediction in predictions]
         return ModelOutput(logits, hidden, merge(aux), predictions)
 
     def _predicts(self, predict: bool | None, cache: ModelCache | None, batch: Batch) -> bool:
+        if predict and self.predictor is None:
+            raise InputError(f"predict: {self.spec.name} has no predictor")
         if predict and cache is not None:
             raise InputError("predict: with a cache a predictor drafts instead (`model.predictor.draft`)")
-        return (self.training and cache is None and batch.phase == "train") if predict is None else predict
+        if predict is None:
+            return self.predictor is not None and self.training and cache is None and batch.phase == "train"
+        return predict
 
     def batch(
         self,

@@ -15,6 +15,8 @@ from composeformer.contracts import PHASES, SLOTS, Component, Implementation
 from composeformer.errors import Problem, nearest, one_of
 
 _KIND = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# What others read from the config of a slot's part.
+ASKED = {"router": "top_k", "predictor": "loss_weight"}
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
@@ -65,7 +67,11 @@ def _component(component: Component) -> str | None:
     claims = component.claims
     if not isinstance(claims, tuple) or not all(isinstance(claim, str) for claim in claims):
         return f"claims = {component.claims!r}: must be a tuple of strings"
-    return _implementations(component.implementations) or _config(component.config)
+    return (
+        _implementations(component.implementations)
+        or _config(component.config)
+        or _lacking(component.slot, component.config)
+    )
 
 
 def _implementations(found: object) -> str | None:
@@ -102,6 +108,14 @@ def _config(cls: object) -> str | None:
     except (TypeError, NameError) as error:
         return f"config {error}"
     return next((f"config {cls.__name__}.{problem}" for problem in _wrong_defaults(cls, facts)), None)
+
+
+def _lacking(slot: str, cls: type[Config]) -> str | None:
+    """What others ask of a slot's configs, and this one does not have."""
+    name = ASKED.get(slot)
+    if name is None or name in facts_of(cls) or hasattr(cls, name):
+        return None
+    return f"config {cls.__name__} has no {name}, which every {slot} has"
 
 
 def _is_frozen(cls: type[Config]) -> bool:

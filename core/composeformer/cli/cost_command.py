@@ -54,6 +54,8 @@ def cost_table(counts: Any) -> Any:
         "FLOPs per token", big(flops.forward), f"forward, {flops.convention}, context {flops.context:,}"
     )
     table.add_row("", big(flops.training), "training: three forwards")
+    if counts.predictor:
+        table.add_row("", big(flops.training_with_predictor), "training, the predictor included")
     if counts.unverified:
         table.add_row(
             "unverified", str(len(counts.unverified)), "without a source: " + ", ".join(counts.unverified)

@@ -95,6 +95,8 @@ def command(
                 "steps": row.steps,
                 "drafted": row.drafted,
                 "accepted": row.accepted,
+                "acceptance": row.acceptance,
+                "tokens_per_step": row.tokens_per_step,
             }
             for row in generate(model, given, **options)
         ]

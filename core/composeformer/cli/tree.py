@@ -79,9 +79,11 @@ def rich_tree(spec: Spec, choices: Choices | None = None) -> Any:
             add(branch, child, name)
 
     plan = spec.plan
-    total = sum(weight.elements for weight in plan.tensors.values() if weight.trains)
+    every = sum(weight.elements for weight in plan.tensors.values() if weight.trains)
+    further = sum(parameters(node) for node in plan.predictor.walk()) if plan.predictor is not None else 0
+    beside = f" and {further:,} in the predictor" if further else ""
     tree = Tree(
-        f"[bold]{escape(spec.name)}[/] {total:,} parameters, {plural(len(spec.layers), 'layer')}, "
+        f"[bold]{escape(spec.name)}[/] {every - further:,} parameters{beside}, {plural(len(spec.layers), 'layer')}, "
         f"fingerprint {spec.fingerprint[:12]}"
     )
     add(tree, plan.embedding, "embedding")

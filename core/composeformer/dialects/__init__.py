@@ -8,7 +8,7 @@ The same lines read and write. A file has these tables:
   is a path, or several that share the value. `default` is the class default, `"= EXPRESSION"` where it follows
   from other names. `null = "default"`, `"absent"` or `"= EXPRESSION"` says what a null means, `absent = 0` that
   this value of theirs is none. `write = "changed"` leaves a default unsaid, `"never"` the key. `refuse = "WHY"`
-  refuses whatever is stated, `stored = "TENSOR"` believes the key only where that tensor is. `lines.Key` says
+  refuses whatever is stated, `stored = "START"` believes the key only where tensors begin so. `lines.Key` says
   it in full. Keys of the rotary table are named `"rope_parameters.KEY"` and read in both spellings.
 - `[shapes]`: the same, read from a tensor: `shape = 0` is its first dimension, `"exists"` or `"missing"`
   whether it is there.
@@ -21,7 +21,7 @@ The same lines read and write. A file has these tables:
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -67,16 +67,22 @@ def find(config: Mapping[str, Any]) -> Dialect:
     raise DialectError(f"{key} = {show(stated)}: no dialect reads this; allowed: {one_of(names)}{hint}")
 
 
-def expressing(spec: Spec) -> tuple[Dialect, dict[str, Any]]:
-    """The first dialect that can express a spec, with its config.
+def expressing(spec: Spec, first: str | None = None) -> tuple[Dialect, dict[str, Any]]:
+    """The first dialect that can express a spec, with its config; the one named `first` is asked before the others.
 
-    Raises DialectError with each dialect's reasons.
+    Raises DialectError with the reasons of those that come nearest, and the others' names.
     """
-    reasons = []
-    for dialect in load_all():
+    reasons: dict[str, Sequence[str]] = {}
+    for dialect in sorted(load_all(), key=lambda each: each.name != first):
         if dialect.source == "huggingface":
             try:
                 return dialect, dialect.to_config(spec)
             except DialectError as error:
-                reasons += [f"{dialect.name}: {line}" for line in error.lines]
-    raise DialectError(*(reasons or ["no dialect is installed"]))
+                reasons[dialect.name] = error.lines
+    if not reasons:
+        raise DialectError("no dialect is installed")
+    fewest = min(map(len, reasons.values()))
+    near = [name for name, lines in reasons.items() if name == first or len(lines) == fewest]
+    others = [name for name in reasons if name not in near]
+    told = [f"{name}: {line}" for name in near for line in reasons[name]]
+    raise DialectError(*told, *([f"{', '.join(others)}: further from it"] if others else []))

@@ -34,8 +34,8 @@ class Key:
     default, an absent value, an expression's, or refused; `absent` is theirs for a value that there is none.
     `values` maps theirs to ours. `require` refuses every other value, `refuse` any, for the reason it is. A line
     holds only `when` its expression does. `choices` are the values of a key that fills no path and only names
-    one, for other lines to hang on; the first whose `when` holds is written. `stored` names a tensor of theirs:
-    where a model has none, the value is absent whatever the key says. A `shape` line reads a tensor's shape
+    one, for other lines to hang on; the first whose `when` holds is written. `stored` is how tensors of theirs
+    begin: where a model has none, the value is absent whatever the key says. A `shape` line reads a tensor's shape
     instead: one dimension, or whether it `exists` or is `missing`.
     """
 

@@ -107,7 +107,7 @@ def _pieces(row: Row, steps: Iterator[list[str]], silent: bool) -> Iterator[Piec
 
 def _can(model: Model, speculate: bool) -> bool:
     """Raises InputError where drafts are wanted and nothing drafts."""
-    if speculate and not hasattr(model.predictor, "draft"):
+    if speculate and not all(hasattr(model.predictor, name) for name in ("new_cache", "num_drafts", "draft")):
         has = "has none" if model.predictor is None else "has one that can not draft"
         raise InputError(f"speculate: needs a model with a predictor, and {model.spec.name} {has}")
     return speculate

@@ -66,8 +66,12 @@ class Speculation(Decoding):
         pieces = [""] * len(self.rows)
         taken = self._verify(output.logits, fed)
         for index, (row, tokens) in enumerate(zip(self.rows, taken, strict=True)):
-            for token in tokens:
+            row.steps += bool(tokens)
+            for k, token in enumerate(tokens):
                 if row.finish_reason is None:
+                    # All but the last are drafts that were right; what follows an end is not taken.
+                    row.drafted += k + 1 < fed[index]
+                    row.accepted += k + 1 < len(tokens)
                     pieces[index] += row.take(token)
         kept = torch.tensor([len(tokens) for tokens in taken], device=device)
         self.cache.rollback(torch.tensor(fed, device=device) - kept)
@@ -103,6 +107,9 @@ class Speculation(Decoding):
         steps = [len(row.ids) for row in self.rows]
 
         def choose(k: int, logits: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
+            for index, largest in enumerate(logits.amax(-1).tolist()):
+                if self.rows[index].finish_reason is None:
+                    check_finite(largest, index, steps[index] + k, "draft of ")
             if self.sampling.greedy:
                 return logits.argmax(-1)
             chosen = [0] * len(self.rows)
@@ -138,11 +145,8 @@ class Speculation(Decoding):
                     kept = candidates(host[index, k], self.sampling)
                     token = accept(kept, draft, drafted_from, row.draws, step)
                 tokens.append(token)
-                row.drafted += drafted
                 if token != draft:
                     break
-                row.accepted += 1
-            row.steps += bool(tokens)
             taken.append(tokens)
         return taken
 

@@ -149,7 +149,8 @@ def _outputs(model: Model, ids: Tensor, valid: Tensor) -> dict[str, Tensor]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             hidden = getattr(output, "hidden", output)
             if isinstance(hidden, Tensor):
-                kept[path] = hidden.detach().cpu()
+                # A predictor calls the embedding and the head again; the model's own call comes first.
+                kept.setdefault(path, hidden.detach().cpu())
 
         return hook
 
@@ -159,7 +160,9 @@ def _outputs(model: Model, ids: Tensor, valid: Tensor) -> dict[str, Tensor]:
             hooks.append(module.register_forward_hook(keep(path)))
     try:
         with torch.inference_mode():
-            logits = model(ids.to(model.device), valid=valid.to(model.device), phase="train").logits
+            given = ids.to(model.device), valid.to(model.device)
+            predict = model.predictor is not None
+            logits = model(given[0], valid=given[1], phase="train", predict=predict).logits
     finally:
         for hook in hooks:
             hook.remove()
@@ -174,8 +177,9 @@ def _difference(path: str, a: Tensor | None, b: Tensor, valid: Tensor) -> Differ
         return Difference(where=path, relative=None, detail="only in the second")
     if a.shape != b.shape:
         return Difference(where=path, relative=None, detail=f"{tuple(a.shape)} against {tuple(b.shape)}")
-    # What stands at padding is nobody's business.
-    real = valid if a.shape[:2] == valid.shape else torch.ones(a.shape[:2], dtype=torch.bool)
+    # What stands at padding is nobody's business; a predictor's outputs are of the first tokens alone.
+    fits = a.shape[0] == valid.shape[0] and a.ndim > 1 and a.shape[1] <= valid.shape[1]
+    real = valid[:, : a.shape[1]] if fits else torch.ones(a.shape[:2], dtype=torch.bool)
     return _gap(path, a[real], b[real])
 
 

@@ -61,6 +61,7 @@ def _from_folder(root: Path, target: Any, replace: bool, max_shard_bytes: int, p
             spec,
             get,
             carried,
+            dialect.name,
             target,
             lambda folder: tokenizer_from(root, folder, copy_tokenizer(root, folder)),
             replace,
@@ -85,6 +86,7 @@ def _from_gguf(path: Path, target: Any, replace: bool, max_shard_bytes: int, pro
             spec,
             get,
             carried,
+            dialect.name,
             target,
             lambda folder: tokenizer_from(path, folder, write_tokenizer(file.metadata, folder)),
             replace,
@@ -97,6 +99,7 @@ def _write(
     spec: Spec,
     get: Callable[[str], Tensor],
     carried: Mapping[str, Any],
+    family: str,
     target: Any,
     tokenizer: Callable[[Path], object],
     replace: bool,
@@ -106,7 +109,7 @@ def _write(
     found: Dialect | None
     named: Iterable[tuple[str, Tensor]]
     try:
-        found, config = expressing(spec)
+        found, config = expressing(spec, family)
     except DialectError:
         found, config = None, {}
         named = ((name, get(name)) for name in spec.plan.tensors)
@@ -192,7 +195,7 @@ def export_model(
     check_apart(root, Path(target))
     spec, dialect = describe(root)
     with telling(root):
-        found, config = expressing(spec)
+        found, config = expressing(spec, dialect)
     if dialect != NATIVE and (root / "config.json").exists():
         old = read_config(root)
         config = {

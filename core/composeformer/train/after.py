@@ -50,17 +50,18 @@ def after_step(model: nn.Module, totals: Mapping[str, Tensor], run: Run) -> dict
     there. Returns the metrics that they give, scalar tensors by name, by dotted path; read from the device at
     once.
     """
-    modules = [
-        (path_of(name), module)
+    # A wrapper shows the methods of what it holds; of one path the innermost module counts, once.
+    modules = {
+        path_of(name): module
         for name, module in model.named_modules()
         if name and hasattr(module, "after_step")
-    ]
+    }
     if not modules:
         return {}
     spec = getattr(model, "spec", None)
     configs = {} if spec is None else {node.path: node.part.config for node in spec.plan.nodes()}
     told: dict[str, Tensor] = {}
-    for path, module in modules:
+    for path, module in modules.items():
         work: Any = module.after_step
         given = work(_below(path, totals.items()), attrs.evolve(run, path=path, config=configs.get(path)))
         told |= {join(path, name): value for name, value in (given or {}).items()}

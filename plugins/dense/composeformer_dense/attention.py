@@ -61,8 +61,7 @@ class Attention(nn.Module):
         """Queries (B, T, H, D), keys and values (B, T, K, D): projected, normalised, rotated."""
         if batch.valid is not None:
             x = x.masked_fill(~batch.valid[:, :, None], 0)
-        rows, tokens, _ = x.shape
-        q, k, v = (linear(x).view(rows, tokens, -1, self.head_dim) for linear in (self.q, self.k, self.v))
+        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         table = batch.tables[self.position.key]

@@ -6,6 +6,9 @@ section 2.1.2. Every expert is a SwiGLU (arXiv 2002.05202).
 
 from collections.abc import Iterable
 from math import sqrt
+from typing import Any, cast
+
+import attrs
 
 from composeformer.config import Config, config, field, part
 from composeformer.contracts import Cost, Declared, Exchange, Linear, Normal, Part, Phase
@@ -43,6 +46,13 @@ class MoE(Config):
         if self.shared_intermediate_size is not None and not self.num_shared_experts:
             told = "there are no shared experts; give num_shared_experts"
             yield Problem("shared_intermediate_size", self.shared_intermediate_size, told)
+
+    def filled(self, site: Site) -> "MoE":
+        """Without a shared width that says what its absence would."""
+        if self.shared_intermediate_size != self.intermediate_size:
+            return self
+        filled: MoE = attrs.evolve(cast(Any, self), shared_intermediate_size=None)
+        return filled
 
     def tensors(self, site: Site) -> Iterable[Declared]:
         inner = Normal(site.spec.model.init_std)

@@ -116,5 +116,5 @@ def _step(
     positions = (start[:, None] + columns - pads).clamp(min=0)
     phase: Phase = "decode" if width <= 2 * module.num_drafts + 1 else "prefill"
     batch = Batch(ids, positions, None, valid, rotary(positions), phase)
-    made, _ = depth.step(hidden, module.embedding(ids), batch, cache)  # type: ignore[operator]
+    made, _ = depth(hidden, module.embedding(ids), batch, cache)
     return made, module.head(made[:, -1])

@@ -38,7 +38,7 @@ class Depth(Layer):
         self.enorm, self.hnorm = site.part(f"{name}.enorm"), site.part(f"{name}.hnorm")
         self.eh_proj = site.linear(f"{name}.eh_proj")
 
-    def step(
+    def forward(  # type: ignore[override]
         self,
         hidden: Float[Tensor, "B T D"],
         embedded: Float[Tensor, "B T D"],
@@ -48,7 +48,7 @@ class Depth(Layer):
         """The next depth's hidden state, normalised, and side results."""
         residual: Any = self.residual
         joined = torch.cat([self.enorm(embedded.to(hidden.dtype)), self.hnorm(hidden)], -1)
-        stream, aux = self(residual.open(self.eh_proj(joined).to(hidden.dtype)), batch, cache)
+        stream, aux = super().forward(residual.open(self.eh_proj(joined).to(hidden.dtype)), batch, cache)
         closed: Tensor = residual.close(stream)
         return closed, aux
 
@@ -82,7 +82,7 @@ class MultiTokenPrediction(nn.Module):
                 {key: Rotary(*(table[:, :length] for table in pair)) for key, pair in batch.tables.items()},
                 batch.phase,
             )
-            hidden, aux = depth.step(hidden[:, :length], self.embedding(ahead.ids), ahead)  # type: ignore[operator]
+            hidden, aux = depth(hidden[:, :length], self.embedding(ahead.ids), ahead)
             found.append(Prediction(self.head(hidden), hidden, ahead, 1 / len(self.depths), aux))
         return found
 

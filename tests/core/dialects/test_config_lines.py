@@ -108,7 +108,7 @@ def test_what_is_announced_but_not_stored_is_absent_and_told(caplog: pytest.LogC
     with caplog.at_level(logging.WARNING):
         assert names(odd, {"further": 2}, {"layers.2.w": (1,)})["ahead"] is None
     assert [r.getMessage() for r in caplog.records] == [
-        "further = 2, but layers.3.w is not stored: read as 0"
+        "further = 2, but nothing of layers.3.w is stored: read as 0"
     ]
 
 

@@ -176,3 +176,29 @@ def test_drafts_and_the_cache_of_a_predictor_are_refused_in_a_cached_forward(lea
     cache = learnt.new_cache(1, 4)
     with pytest.raises(InputError, match="predict: with a cache"):
         learnt(torch.tensor([[1]]), cache=cache, predict=True)
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=1.0, top_k=3), Sampling(temperature=1.0)]
+)
+def test_drafts_that_are_not_finite_are_told_as_such(sampling: Sampling) -> None:
+    model = build(predicting(2), seed=1).eval()
+    with torch.no_grad():
+        model.predictor.depths[1].eh_proj.weight.fill_(torch.nan)
+    with pytest.raises(InputError, match="prompt 0, draft of new token 2: the logits are not finite"):
+        generate(model, [[1, 2]], speculate=True, max_new_tokens=4, sampling=sampling)
+
+
+def test_drafts_after_an_end_are_not_counted() -> None:
+    model = build(predicting(3, vocab_size=5), seed=0)
+    objective, optimizer = trainer(model, model.spec.with_({"train.learning_rate": 0.01}))
+    for step in range(40):
+        train_step(model, [TokenBatch((torch.arange(33) % 5)[None])], objective, optimizer, step=step)
+    (made,) = generate(model.eval(), [[0, 1]], speculate=True, stop_ids=[3], max_new_tokens=30)
+    assert made.ids == (2, 3)
+    assert (made.steps, made.drafted, made.accepted) == (2, 1, 1)
+
+
+def test_predictions_are_refused_where_nothing_predicts(model: Model) -> None:
+    with pytest.raises(InputError, match="has no predictor"):
+        model(torch.tensor([[1, 2]]), predict=True)

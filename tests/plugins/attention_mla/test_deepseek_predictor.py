@@ -216,18 +216,18 @@ def test_modules_that_are_announced_but_not_stored_are_read_as_none_in_one_line(
     assert model.predictor is None
     told = [record.getMessage() for record in caplog.records]
     assert told == [
-        f"num_nextn_predict_layers = 1, but model.layers.{LAYERS}.eh_proj.weight is not stored: read as 0"
+        f"num_nextn_predict_layers = 1, but nothing of model.layers.{LAYERS}. is stored: read as 0"
     ]
 
 
 def test_a_module_that_is_stored_in_part_is_refused_by_name(tmp_path: Path) -> None:
     whole = checkpoint()
-    name = f"model.layers.{LAYERS}.enorm.weight"
-    with pytest.raises(DialectError, match=f"{name}: is missing"):
-        load(folder(tmp_path, {n: t for n, t in whole.items() if n != name}))
-    name = f"model.layers.{LAYERS}.eh_proj.weight"
-    with pytest.raises(DialectError, match=r"enorm\.weight: is unexpected"):
-        load(folder(tmp_path, {n: t for n, t in whole.items() if n != name}))
+    for part in ("enorm", "eh_proj"):
+        name = f"model.layers.{LAYERS}.{part}.weight"
+        with pytest.raises(DialectError) as refused:
+            load(folder(tmp_path, {n: t for n, t in whole.items() if n != name}))
+        (line,) = refused.value.lines
+        assert line.endswith(f"{name}: is missing")
 
 
 def test_a_module_that_is_stored_but_not_announced_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from composeformer.assemble import build
-from composeformer.decoder import Model
+from composeformer.decoder import Layer, Model
 from composeformer.spec import Spec
 from composeformer.tensors import ModelOutput
 from composeformer.train import TokenBatch, train_step, trainer
@@ -59,7 +59,7 @@ def by_hand(model: Model, ids: Tensor, depth: int) -> list[Tensor]:
             ]
             # A layer alone: its parts are tested elsewhere.
             batch = model.batch(ids[None, k:], phase="train")
-            stream, _ = module(torch.stack(joined)[None], batch)
+            stream, _ = Layer.forward(module, torch.stack(joined)[None], batch)
             hidden = module.residual.close(stream)[0]
             found.append(model.head(hidden))
         return found
