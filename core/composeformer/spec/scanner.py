@@ -19,16 +19,17 @@ Path = tuple[str | int, ...]
 MAX_DEPTH = 100
 MAX_NAMES = 50_000
 
+# Loops are unrolled, each character in one way: possessive groups are matched wrongly before Python 3.11.5.
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
-_KEY = re.compile(_BARE.pattern + r"|" r'"(?!"")(?:[^"\\\n]+|\\.)*+"' r"|" r"'(?!'')[^'\n]*'")
+_KEY = re.compile(_BARE.pattern + r"|" r'"(?!"")[^"\\\n]*(?:\\.[^"\\\n]*)*"' r"|" r"'(?!'')[^'\n]*'")
 _STRING = re.compile(
-    r'"""(?:[^"\\]+|\\.|"(?!""))*+"""(?:"{0,2})|'
-    r"'''(?:[^']+|'(?!''))*+'''(?:'{0,2})|" + _KEY.pattern.partition("|")[2],
+    r'"""[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*"""(?:"{0,2})|'
+    r"'''[^']*(?:'(?!'')[^']*)*'''(?:'{0,2})|" + _KEY.pattern.partition("|")[2],
     re.DOTALL,
 )
 _SPACE = re.compile(r"[ \t]*")
-_BLANK = re.compile(r"(?:[ \t\n]+|#[^\n]*)*+")
-_BETWEEN = re.compile(r"(?:[ \t\n,]+|#[^\n]*)*+")
+_BLANK = re.compile(r"[ \t\n]*(?:#[^\n]*[ \t\n]*)*")
+_BETWEEN = re.compile(r"[ \t\n,]*(?:#[^\n]*[ \t\n,]*)*")
 _SCALAR = re.compile(r"[^,\]}\n#]*")
 _ITEMS = re.compile(r"[^\[\]{}\"'#]*")
 _COMMENT = re.compile(r"#[^\n]*")

@@ -54,8 +54,9 @@ class MTP(Config):
             )
             for slot, held in parts:
                 yield site.part(held, f"{below}.{slot}")
-            residual = site.spec.single("residual")
-            yield site.part(residual, f"{below}.residual", sublayers=tuple(slot for slot, _ in parts))
+            residual = site.spec.singles["residual"]
+            if residual is not None:  # a model that has none is refused for that
+                yield site.part(residual, f"{below}.residual", sublayers=tuple(slot for slot, _ in parts))
 
     def cost(self, site: Site, phase: Phase) -> Iterable[Cost]:
         yield Uses(name="the model's head", slot="head", times=self.depth)

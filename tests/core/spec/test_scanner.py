@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import tomli
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from composeformer.spec.scanner import Path, Refused, Unreadable, dotted, key_lines, read_key
@@ -233,6 +233,7 @@ def paths(value: object, here: Path = ()) -> Iterator[Path]:
 
 
 @settings(deadline=None, max_examples=400)
+@example(('"00"="""\n\\\n  """\n"0"=1\n', {("00",): 1, ("0",): 4}))
 @given(documents())
 def test_every_key_has_the_line_it_was_written_in_and_no_other_is_found(
     document: tuple[str, dict[Path, int]],

@@ -155,3 +155,15 @@ def test_it_is_refused_without_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "2 False"
     assert "did you mean 'dense'?" in done.stderr
+
+
+def test_a_residual_that_is_wrong_is_told_as_without_a_predictor() -> None:
+    data = Spec.from_toml(TEXT).to_dict()
+    norm = data.pop("norm")
+    one = norm if "kind" in norm else next(iter(norm.values()))
+    data["norm"] = {"main": one, "local": one}
+    data["predictor"]["norm"] = "main"
+    with pytest.raises(
+        SpecError, match="residual.norm: is required: this spec names several norm components"
+    ):
+        Spec.from_dict(data)
