@@ -164,6 +164,6 @@ def test_a_residual_that_is_wrong_is_told_as_without_a_predictor() -> None:
     data["norm"] = {"main": one, "local": one}
     data["predictor"]["norm"] = "main"
     with pytest.raises(
-        SpecError, match="residual.norm: is required: this spec names several norm components"
+        SpecError, match=r"residual\.norm: is required: this spec names several norm components"
     ):
         Spec.from_dict(data)
