@@ -1,0 +1,1 @@
+"""Precision on paper."""

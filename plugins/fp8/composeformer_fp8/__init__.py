@@ -1,0 +1,1 @@
+"""FP8 and other scaled number formats: precision policies, the codecs of their checkpoints, kernels."""

@@ -1,0 +1,1 @@
+"""The scaled formats on paper, without torch."""

@@ -1,0 +1,1 @@
+"""What the narrow formats can hold, without torch."""
