@@ -1,7 +1,8 @@
 """How tokens reach their experts: what a communication backend does for a part.
 
-A component of slot `comm` registers a class constructed `Exchange(config, groups)`, once for each part that
-declares groups; `groups` is their number in the whole model. The part chooses experts and computes them; a
+A component of slot `comm` registers a class constructed `Exchange(config, groups, group)`, once for each part
+that declares groups; `groups` is their number in the whole model, `group` the `torch.distributed.ProcessGroup`
+that shares them, or None where there is one process. Rank r of R owns groups r G/R to (r + 1) G/R. The part chooses experts and computes them; a
 backend moves rows, and may cut them into chunks or overlap the two.
 """
 

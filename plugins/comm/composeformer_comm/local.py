@@ -7,7 +7,7 @@ Shapes: N tokens, D features, K experts a token, M = N K rows, E experts.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,9 @@ from torch.nn import functional as F
 from composeformer.exchange import Experts
 from composeformer.tensors import Routing
 from composeformer_comm.config import Local
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
@@ -31,9 +34,9 @@ class Sent(NamedTuple):
 
 
 class LocalExchange:
-    """The exchange of one process."""
+    """The exchange of one process; a `group` of several is of no use to it."""
 
-    def __init__(self, config: Local, groups: int) -> None:
+    def __init__(self, config: Local, groups: int, group: "ProcessGroup | None" = None) -> None:
         self.groups = groups
 
     def exchange(
