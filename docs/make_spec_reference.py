@@ -8,7 +8,7 @@ from pathlib import Path
 from composeformer.config import Config, describe, facts_of
 from composeformer.contracts import SINGLE, SLOTS, Component
 from composeformer.errors import show
-from composeformer.model_config import ModelConfig, TrainConfig
+from composeformer.model_config import ModelConfig, ParallelConfig, TrainConfig
 from composeformer.plugins import current
 
 PAGE = Path(__file__).with_name("spec.md")
@@ -19,6 +19,7 @@ def page() -> str:
     """The whole page."""
     parts = [LANGUAGE.read_text(encoding="utf-8").rstrip(), "## Tables of the core"]
     parts += [f"### `[model]`\n\n{table(ModelConfig)}", f"### `[train]`\n\n{table(TrainConfig)}"]
+    parts.append(f"### `[parallel]`\n\n{table(ParallelConfig)}")
     registry = current().registry
     for slot, meaning in SLOTS.items():
         components = [registry.get(slot, kind) for kind in sorted(registry.kinds(slot))]

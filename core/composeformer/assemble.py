@@ -4,9 +4,10 @@ A part's module asks its `TensorSite` for what its config declared; nothing unde
 declared may be left out. Values come later, by name: initial ones, or a folder's.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+import attrs
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +21,9 @@ from composeformer.exchange import Exchange
 from composeformer.filling import fill
 from composeformer.implementations import Chooser, serve
 from composeformer.init import initial
-from composeformer.plan import Node, Plan
+from composeformer.plan import Node
+from composeformer.policy import Codec, Policy
+from composeformer.precision import Formats
 from composeformer.site import Site
 from composeformer.spec import Spec
 from composeformer.tensors import DTYPES
@@ -49,7 +52,8 @@ class TensorSite:
 
     def weight(self, name: str) -> Any:
         """The tensor declared as `name`: a parameter, or a buffer if it does not train."""
-        return self._builder.tensor(join(self.path, name), self._take(name, self._node.weights, "weight"))
+        declared = self._take(name, self._node.weights, "weight")
+        return self._builder.tensors(join(self.path, name), declared)[0]
 
     def part(self, name: str) -> Any:
         """The module of the part declared as `name`."""
@@ -106,9 +110,10 @@ class Builder:
 
     def __init__(self, spec: Spec, device: str) -> None:
         self.spec = spec
-        precision = spec.single("precision")
-        self.chooser = Chooser(device, precision.config.activations)
-        self.policy = lazy.load(self._run_part(precision))(precision.config)
+        self.formats = spec.formats
+        self.chooser = Chooser(device, self.formats.activations)
+        self.activations = DTYPES[self.formats.activations]
+        self._policies: dict[int, Policy] = {}
         self._comm: tuple[Any, Part] | None = None
         self.choices: dict[str, dict[Phase, str]] = {}
         self.ends: dict[str, nn.Module] = {}
@@ -131,8 +136,8 @@ class Builder:
             self.ends = {"embedding": embedding, "head": head}
             predictor = None if plan.predictor is None else self.module(plan.predictor)
             ends = embedding, layers, residual, head, predictor
-            model = Model(self.spec, *ends, self.tables, self.policy.activations, self.choices)
-        agree(model, plan)
+            model = Model(self.spec, *ends, self.tables, self.activations, self.choices)
+        agree(model, self.formats)
         return model
 
     def module(self, node: Node) -> nn.Module:
@@ -160,26 +165,40 @@ class Builder:
         return made
 
     def linear(self, owner: str, declared: Linear) -> nn.Module:
+        """The map that the precision policy, or that of a rule, makes of a declared one."""
         role = join(owner, declared.name)
-        weights = [self.tensor(join(owner, w.name), w, role, declared.sensitive) for w in declared.weights]
-        bias = weights[1] if declared.bias else None
-        module: nn.Module = self.policy.linear(role, declared, weights[0], bias)
+        weight, *scales = self.tensors(join(owner, declared.weight.name), declared.weight)
+        bias = None
+        if declared.bias:
+            (bias,) = self.tensors(join(owner, declared.weights[1].name), declared.weights[1])
+        named = self.formats.rule(role) is not None
+        # Parts expect other dtypes of sensitive maps, and of no others.
+        dtype = self.activations if named and not declared.sensitive else None
+        told = attrs.evolve(declared, sensitive=False) if named else declared
+        policy = self._policy(self.formats.decides(role))
+        module: nn.Module = policy.linear(role, told, weight, bias, scales=scales, dtype=dtype)  # type: ignore[arg-type]
         return module
 
-    def tensor(self, name: str, weight: Weight, role: str | None = None, sensitive: bool = True) -> Tensor:
-        """The meta tensor of a declared name; an alias is the very tensor it names.
-
-        `role` and `sensitive` are those of the linear map it belongs to; a plain weight has no role.
+    def tensors(self, name: str, weight: Weight) -> list[Tensor]:
+        """The meta tensors that hold what is declared as `name`: one, or codes and scales; an alias has those of the
+        very tensor it names.
         """
-        if weight.same_as is not None:
-            if weight.same_as not in self._tensors:
-                raise TypeError(f"{name} is declared to be {weight.same_as}, which is not built before it")
-            return self._tensors[weight.same_as]
-        if name not in self._tensors:
-            stored = weight.dtype or self.policy.config.format(role or name, weight, sensitive).storage
-            empty = torch.empty(weight.shape, dtype=DTYPES[stored], device="meta")
-            self._tensors[name] = nn.Parameter(empty) if weight.trains else nn.Buffer(empty)
-        return self._tensors[name]
+        stored = self.formats.stored
+        target = weight.same_as or name
+        held = self.formats.coded.get(target, (target,))
+        if weight.same_as is not None and held[0] not in self._tensors:
+            raise TypeError(f"{name} is declared to be {target}, which is not built before it")
+        for each in held:
+            if each not in self._tensors:
+                empty = torch.empty(stored[each].shape, dtype=DTYPES[str(stored[each].dtype)], device="meta")
+                self._tensors[each] = nn.Parameter(empty) if stored[each].trains else nn.Buffer(empty)
+        return [self._tensors[each] for each in held]
+
+    def _policy(self, part: Part) -> Policy:
+        """The policy of a precision part; made once."""
+        if id(part) not in self._policies:
+            self._policies[id(part)] = lazy.load(self._run_part(part))(part.config)
+        return self._policies[id(part)]
 
     def _run_part(self, part: Part) -> str:
         """The dotted name of what serves a part that the model has one of, and that never learns the phase."""
@@ -218,7 +237,8 @@ def build(
     if torch.device(device).type != "meta":
         tensors = model.spec.plan.tensors.items()
         std = model.spec.model.init_std
-        fill(model, ((name, initial(name, weight, seed, std)) for name, weight in tensors), device, progress)
+        values = ((name, initial(name, weight, seed, std)) for name, weight in tensors)
+        fill(model, coded(model.spec, values), device, progress)
     return model
 
 
@@ -266,10 +286,27 @@ def device_type(device: str) -> str:
     return found.type
 
 
-def agree(model: nn.Module, plan: Plan) -> None:
+def coded(spec: Spec, values: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The same values in the form that the spec's formats store them in: what has a codec is encoded by it."""
+    formats = spec.formats
+    made: dict[str, Codec] = {}
+    for name, value in values:
+        held = formats.coded.get(name)
+        if held is None or value.dtype == DTYPES[str(formats.stored[name].dtype)]:
+            yield name, value
+            continue
+        kind = str(formats.tensors[name].codec)
+        if kind not in made:
+            component = spec.registry.get("codec", kind)
+            made[kind] = lazy.load(component.implementations[0].module)(component.config())
+        yield from zip(held, made[kind].encode(value), strict=True)
+
+
+def agree(model: nn.Module, formats: Formats) -> None:
     """Raises PluginError unless what was built is what was declared: names, shapes, parameters, aliases."""
     built = model.state_dict(keep_vars=True)
-    declared = {name: weight for node in plan.nodes() for name, weight in node.tensors()}
+    aliases = formats.aliases
+    declared = {**formats.stored, **{name: formats.stored[target] for name, target in aliases.items()}}
     _same("is built but not declared", built.keys() - declared.keys())
     _same("is declared but not built", declared.keys() - built.keys())
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
@@ -278,11 +315,11 @@ def agree(model: nn.Module, plan: Plan) -> None:
         found = built[name]
         if tuple(found.shape) != weight.shape:
             raise PluginError(f"{name}: built with shape {tuple(found.shape)}, declared with {weight.shape}")
-        if weight.same_as is None and isinstance(found, nn.Parameter) != weight.trains:
+        if name not in aliases and isinstance(found, nn.Parameter) != weight.trains:
             told = f"declared with trains = {weight.trains}"
             raise PluginError(f"{name}: built as {type(found).__name__}, {told}")
-        if weight.same_as is not None and found is not built[weight.same_as]:
-            raise PluginError(f"{name}: built as a tensor of its own, declared the same as {weight.same_as}")
+        if name in aliases and found is not built[aliases[name]]:
+            raise PluginError(f"{name}: built as a tensor of its own, declared the same as {aliases[name]}")
 
 
 def _same(what: str, names: set[str]) -> None:
@@ -290,4 +327,4 @@ def _same(what: str, names: set[str]) -> None:
         raise PluginError(f"{one_of(sorted(names))}: {what}")
 
 
-__all__ = ["Builder", "Site", "TensorSite", "build", "fill", "skeleton"]
+__all__ = ["Builder", "Site", "TensorSite", "build", "coded", "fill", "skeleton"]

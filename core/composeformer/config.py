@@ -52,7 +52,7 @@ class FieldFacts:
     """What one field accepts and means; the single source for checks, schema and documentation."""
 
     name: str
-    kind: Kind | None  # of the value, or of each element of a list; None for a part
+    kind: Kind | None  # of the value, or of each element of a list; None for a part or a record
     many: bool
     optional: bool
     required: bool
@@ -66,6 +66,8 @@ class FieldFacts:
     help: str
     affects: Affects
     slot: str | None
+    by_kind: bool = False  # a string is a kind of the slot, not the name of a component
+    record: "type[Config] | None" = None  # the tables of a list
 
 
 def field(
@@ -100,13 +102,20 @@ def field(
     return attrs.field(default=default, kw_only=True, metadata={_METADATA: facts})
 
 
-def part(slot: str, *, optional: bool = False, help: str = "", affects: Affects = "function") -> Any:
+def part(
+    slot: str,
+    *,
+    optional: bool = False,
+    by_kind: bool = False,
+    help: str = "",
+    affects: Affects = "function",
+) -> Any:
     """A field that takes a part: a component's name, `{ use = "name", ... }` or a table with `kind`.
 
     When absent it is the spec's only component of that slot; `optional` allows there to be none, and
-    then the value is None.
+    then the value is None. With `by_kind` it is a kind of the slot, or a table with `kind`, and required.
     """
-    facts = {"help": help, "affects": affects, "slot": slot, "optional": optional}
+    facts = {"help": help, "affects": affects, "slot": slot, "optional": optional, "by_kind": by_kind}
     return attrs.field(default=None if optional else attrs.NOTHING, kw_only=True, metadata={_METADATA: facts})
 
 
@@ -117,6 +126,12 @@ def layer(*, help: str = "", affects: Affects = "function") -> Any:
     """
     facts = {"help": help, "affects": affects, "slot": LAYER, "optional": True}
     return attrs.field(default=None, kw_only=True, metadata={_METADATA: facts})
+
+
+def records(record: "type[Config]", *, help: str = "", affects: Affects = "function") -> Any:
+    """A field that takes a list of tables, each one a `record`; by default there are none. Their order counts."""
+    facts = {"help": help, "affects": affects, "slot": None, "record": record}
+    return attrs.field(default=(), kw_only=True, metadata={_METADATA: facts})
 
 
 class Config:
@@ -147,7 +162,7 @@ class Config:
         return ()
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, layer, part))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, layer, part, records))
 def config(cls: type[T]) -> type[T]:
     """Makes a frozen, keyword-only, hashable config class."""
     return attrs.frozen(cls, kw_only=True, slots=False)
@@ -167,7 +182,9 @@ def _facts_of(cls: Any) -> dict[str, FieldFacts]:
 def _facts(cls: type[Config], attribute: "attrs.Attribute[Any]", hint: Any) -> FieldFacts:
     stated = dict(attribute.metadata.get(_METADATA) or {})
     if not stated:
-        raise TypeError(f"{cls.__name__}.{attribute.name} is not made with field(), part() or layer()")
+        raise TypeError(
+            f"{cls.__name__}.{attribute.name} is not made with field(), part(), layer() or records()"
+        )
     optional = bool(stated.pop("optional", False))
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         members = [m for m in typing.get_args(hint) if m is not type(None)]
@@ -180,7 +197,7 @@ def _facts(cls: type[Config], attribute: "attrs.Attribute[Any]", hint: Any) -> F
     if typing.get_origin(hint) is Literal:
         stated["choices"] = stated.get("choices") or typing.get_args(hint)
         kind = _SCALARS.get(type(stated["choices"][0]))
-    if stated["slot"] is None and kind is None:
+    if stated["slot"] is None and kind is None and stated.get("record") is None:
         raise TypeError(
             f"{cls.__name__}.{attribute.name}: {hint} is not int, float, bool, str, a tuple of them, or optional"
         )
@@ -198,16 +215,22 @@ def _facts(cls: type[Config], attribute: "attrs.Attribute[Any]", hint: Any) -> F
     )
 
 
+Steps = tuple[str | int, ...]
+Resolve = Callable[[FieldFacts, object, Steps], tuple[Any, list[Problem]]]
+
+
 def check(
     cls: type[Config],
     data: Mapping[str, object],
-    resolve: Callable[[FieldFacts, object], tuple[Any, list[Problem]]] | None = None,
+    resolve: Resolve | None = None,
     reserved: Iterable[str] = (),
+    above: Steps = (),
 ) -> tuple[dict[str, Any], list[Problem]]:
     """Reads a table against a config class: the values for its constructor, and every problem found.
 
-    `resolve(facts, found)` turns a part's reference (None when absent) into a part. Keys in
-    `reserved` belong to the spec language and are passed over.
+    `resolve(facts, found, steps)` turns a part's reference (None when absent) into a part; `steps` lead to it
+    from the table that was given first, `above` to this one. Keys in `reserved` belong to the spec language and
+    are passed over.
     """
     values: dict[str, Any] = {}
     problems: list[Problem] = []
@@ -226,7 +249,10 @@ def check(
         if fact.slot is not None:
             if resolve is None:
                 raise TypeError(f"{cls.__name__}.{name} takes a part, which nothing here can resolve")
-            values[name], wrong = resolve(fact, data.get(name))
+            values[name], wrong = resolve(fact, data.get(name), (*above, name))
+            problems.extend(wrong)
+        elif fact.record is not None:
+            values[name], wrong = _records(fact, fact.record, data.get(name, ()), resolve, (*above, name))
             problems.extend(wrong)
         elif name in data:
             values[name], wrong = _value(fact, data[name])
@@ -234,6 +260,40 @@ def check(
         elif fact.required:
             problems.append(Problem(name, None, f"is required: {describe(fact)}"))
     return values, problems
+
+
+def _records(
+    fact: FieldFacts, record: type[Config], found: object, resolve: Resolve | None, above: Steps
+) -> tuple[Any, list[Problem]]:
+    """The configs of a list of tables; of tables with problems there are none."""
+    told = f"must be {describe(fact)}"
+    if not isinstance(found, list | tuple):
+        return (), [Problem(fact.name, found, told)]
+    made: list[Config] = []
+    problems: list[Problem] = []
+    for index, table in enumerate(found):
+        if not isinstance(table, Mapping):
+            problems.append(Problem(f"{fact.name}.{index}", table, told))
+            continue
+        values, wrong = check(record, table, resolve, above=(*above, index))
+        problems += [Problem(f"{fact.name}.{index}.{p.field}", p.found, p.allowed, p.nearest) for p in wrong]
+        parts = [name for name, each in facts_of(record).items() if each.slot is not None]
+        if not wrong and all(values[name] is not None for name in parts):
+            made.append(record(**values))
+    return tuple(made), problems
+
+
+def plain(value: object) -> Any:
+    """A config's value as data that TOML and JSON hold: a record is a table, a part its kind and values."""
+    if isinstance(value, tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, Config):
+        named = {name: plain(getattr(value, name)) for name in facts_of(type(value))}
+        return {name: each for name, each in named.items() if each is not None}
+    held = getattr(value, "config", None)
+    if isinstance(held, Config):
+        return {"kind": getattr(value, "kind", ""), **plain(held)}
+    return value
 
 
 def _value(fact: FieldFacts, found: object) -> tuple[Any, list[Problem]]:
@@ -287,8 +347,11 @@ def describe(fact: FieldFacts) -> str:
     """What a field accepts, in words: `an integer >= 1 (features)`."""
     if fact.slot == LAYER:
         return "a table with a mixer and an ffn"
+    if fact.record is not None:
+        within = (f"{name} ({describe(each)})" for name, each in facts_of(fact.record).items())
+        return f"a list of tables with {', '.join(within)}"
     if fact.kind is None:
-        return f"a {fact.slot} component"
+        return f"a kind of {fact.slot}" if fact.by_kind else f"a {fact.slot} component"
     words = f"one of {one_of(str(c) for c in fact.choices)}" if fact.choices else _WORDS[fact.kind]
     for symbol, bound in ((">=", fact.minimum), (">", fact.above), ("<=", fact.maximum)):
         words += "" if bound is None else f" {symbol} {_number(bound)}"

@@ -18,7 +18,9 @@ class Format:
     `storage` is the dtype of the parameter that an optimizer updates, `compute` that of the products (or of
     whatever a plain weight enters), `gather` what travels when shards are gathered, `gradient` what travels
     when gradients are reduced, `moment` the optimizer's averages. `bits` is the width of one element as it is
-    multiplied; a `block` of (outputs, inputs) elements shares one scale of dtype `scale`. `why` tells a user.
+    multiplied; a `block` of (outputs, inputs) elements shares one scale of dtype `scale`. `codec` is the kind of
+    the codec in whose form the tensor is stored, its codes in `storage`; None: it is stored plainly. `why` tells
+    a user.
     """
 
     storage: str
@@ -29,11 +31,12 @@ class Format:
     moment: str
     block: tuple[int, int] | None = None
     scale: str | None = None
+    codec: str | None = None
     why: str = ""
 
 
 class PrecisionConfig(Protocol):
-    """What the config of a `precision` component offers besides its fields."""
+    """What the config of a `precision` component offers besides its fields; rules come with `precision.Precision`."""
 
     @property
     def activations(self) -> str:
@@ -42,11 +45,32 @@ class PrecisionConfig(Protocol):
     def format(self, role: str, weight: Weight, sensitive: bool) -> Format:
         """The format of a tensor: `role` is the linear map's dotted name, or a plain weight's full name.
 
-        A plain weight is passed as sensitive. A dtype that the weight itself fixes wins over the policy.
+        A plain weight is passed as sensitive; a map that a rule names is not, whatever it declares. A dtype that
+        the weight itself fixes wins over the policy. The bias of a map has the map's role and a name that ends in
+        `.bias`.
         """
 
 
-BITS: dict[str, int] = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16, "int64": 64, "bool": 8}
+class CodecConfig(Protocol):
+    """What the config of a `codec` component offers: a form in which weights are stored."""
+
+    def stored(self, weight: Weight) -> tuple[Weight, ...]:
+        """The tensors that hold `weight`: its codes under its own name, then others (scales), none of them trains."""
+
+
+BITS: dict[str, int] = {
+    "float64": 64,
+    "float32": 32,
+    "bfloat16": 16,
+    "float16": 16,
+    "float8_e4m3fn": 8,
+    "float8_e5m2": 8,
+    "float8_e8m0fnu": 8,
+    "int64": 64,
+    "int8": 8,
+    "uint8": 8,
+    "bool": 8,
+}
 
 
 def plain(dtype: str, why: str) -> Format:

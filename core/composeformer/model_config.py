@@ -1,4 +1,4 @@
-"""The two tables that the core itself owns: `[model]` and `[train]`."""
+"""The tables that the core itself owns: `[model]`, `[train]` and `[parallel]`."""
 
 from composeformer.config import Config, config, field
 
@@ -41,4 +41,25 @@ class TrainConfig(Config):
     learning_rate: float = field(default=3e-4, minimum=0.0, affects="training", help="Peak learning rate.")
     clip_norm: float | None = field(
         default=1.0, above=0.0, affects="training", help="Largest norm of all gradients together."
+    )
+
+
+@config
+class ParallelConfig(Config):
+    """`[parallel]`: how a run is spread over processes. It never changes a model's fingerprint.
+
+    All processes have tokens of their own: those that share the experts are processes of the data too.
+    """
+
+    expert: int = field(
+        default=1,
+        minimum=1,
+        unit="processes",
+        affects="execution",
+        help="Processes that share the experts, each with its own; must divide their number and the processes'.",
+    )
+    shard: bool = field(
+        default=True,
+        affects="execution",
+        help="Shard what is no expert over all processes (FSDP2); false: each process holds all of it.",
     )

@@ -4,6 +4,7 @@ A component of slot `precision` registers a class constructed `Policy(config)`. 
 declared linear map and never sees the part around it; a part never sees the format behind its maps.
 """
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -17,10 +18,11 @@ from composeformer.contracts import Linear
 class PolicyLinear(Protocol):
     """A linear map y = x W^T + b, an `nn.Module` that holds its parameters as `weight` and `bias`.
 
-    Shapes: (outputs, inputs) and (outputs,), or (E, outputs, inputs) and (E, outputs) for E groups.
+    Shapes: (outputs, inputs) and (outputs,), or (E, outputs, inputs) and (E, outputs) for E groups. Where the
+    format has a codec, `weight` is a buffer of codes, and what else is stored stands beside it under its name.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     bias: nn.Parameter | None
 
     @property
@@ -35,7 +37,10 @@ class PolicyLinear(Protocol):
         """
 
     def matrix(self) -> Tensor:
-        """The weight that `forward` multiplies by: dequantised, differentiable, local, never stale."""
+        """The weight that `forward` multiplies by: dequantised, differentiable, local, never stale.
+
+        In any float dtype that holds it exactly; who multiplies by it casts the other operand.
+        """
 
 
 class Policy(Protocol):
@@ -44,6 +49,30 @@ class Policy(Protocol):
     activations: torch.dtype
 
     def linear(
-        self, role: str, declared: Linear, weight: nn.Parameter, bias: nn.Parameter | None
+        self,
+        role: str,
+        declared: Linear,
+        weight: Tensor,
+        bias: nn.Parameter | None,
+        *,
+        scales: Sequence[Tensor] = (),
+        dtype: torch.dtype | None = None,
     ) -> nn.Module:
-        """The map `role` (its full dotted name) over parameters that exist already; a `PolicyLinear`."""
+        """The map `role` (its full dotted name) over tensors that exist already; a `PolicyLinear`.
+
+        `declared` is sensitive unless a rule names the map. `scales` are the other stored tensors of a format with
+        a codec. `forward` gives `dtype`; for None what the policy gives for such a map.
+        """
+
+
+class Codec(Protocol):
+    """A form in which weights are stored: a class constructed `Codec(config)`, of slot `codec`.
+
+    A weight has shape (..., outputs, inputs); leading dimensions are groups, each coded alone.
+    """
+
+    def encode(self, value: Float[Tensor, "*E O I"]) -> tuple[Tensor, ...]:
+        """The tensors that hold a value, codes first, in the order of the config's `stored`."""
+
+    def decode(self, parts: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Float[Tensor, "*E O I"]:
+        """The value that they hold."""

@@ -146,6 +146,11 @@ DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+    "float8_e8m0fnu": torch.float8_e8m0fnu,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
     "int64": torch.int64,
     "bool": torch.bool,
 }

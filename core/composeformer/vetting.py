@@ -16,7 +16,12 @@ from composeformer.errors import Problem, nearest, one_of
 
 _KIND = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # What others read from the config of a slot's part.
-ASKED = {"router": "top_k", "predictor": "loss_weight"}
+ASKED = {
+    "router": ("top_k",),
+    "predictor": ("loss_weight",),
+    "precision": ("activations", "format"),
+    "codec": ("stored",),
+}
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
@@ -112,10 +117,10 @@ def _config(cls: object) -> str | None:
 
 def _lacking(slot: str, cls: type[Config]) -> str | None:
     """What others ask of a slot's configs, and this one does not have."""
-    name = ASKED.get(slot)
-    if name is None or name in facts_of(cls) or hasattr(cls, name):
-        return None
-    return f"config {cls.__name__} has no {name}, which every {slot} has"
+    for name in ASKED.get(slot, ()):
+        if name not in facts_of(cls) and not hasattr(cls, name):
+            return f"config {cls.__name__} has no {name}, which every {slot} has"
+    return None
 
 
 def _is_frozen(cls: type[Config]) -> bool:
@@ -140,6 +145,6 @@ def _wrong_defaults(cls: type[Config], facts: dict[str, FieldFacts]) -> list[Pro
         for name, value in stated.items()
         if facts[name].many and not isinstance(value, tuple)
     ]
-    _, wrong = check(cls, stated, resolve=lambda fact, found: (None, []))
+    _, wrong = check(cls, stated, resolve=lambda fact, found, steps: (None, []))
     required = {name for name, fact in facts.items() if fact.required}
     return problems + [problem for problem in wrong if problem.field not in required]

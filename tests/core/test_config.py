@@ -238,7 +238,7 @@ def test_a_choice_is_refused_with_a_nearest_that_exists(found, choices):
 def test_parts_are_resolved_by_whoever_asks():
     seen = []
 
-    def resolve(fact, found):
+    def resolve(fact, found, steps):
         seen.append((fact.name, fact.slot, fact.optional, found))
         return f"<{found}>", [] if found else [Problem(fact.name, None, "there is none")]
 

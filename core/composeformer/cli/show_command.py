@@ -42,24 +42,26 @@ def command(spec: str, settings: tuple[str, ...], values: bool, as_json: bool) -
 
 def precision(spec: Any) -> list[tuple[str, int, str, str]]:
     """Tensors by role pattern: how many, in which format, and why; layer numbers become a star."""
-    policy = spec.single("precision").config
-    linears = spec.plan.linears
+    from composeformer.precision import starred
+
     rows: dict[tuple[str, str, str], int] = {}
-    for name, weight in spec.plan.tensors.items():
-        role = name.rpartition(".")[0]
-        linear = linears.get(role)
-        stored = policy.format(
-            role if linear is not None else name, weight, linear is None or linear.sensitive
-        )
-        pattern = ".".join("*" if step.isdigit() else step for step in name.split("."))
-        text = (
-            stored.storage
-            if stored.storage == stored.compute
-            else f"{stored.storage}, computed in {stored.compute}"
-        )
-        key = (pattern, text, stored.why)
+    for name, form in spec.formats.tensors.items():
+        key = (starred(name), told(form), form.why)
         rows[key] = rows.get(key, 0) + 1
     return [(pattern, count, text, why) for (pattern, text, why), count in rows.items()]
+
+
+def told(form: Any) -> str:
+    """A format in words: how it is stored, multiplied and scaled."""
+    text: str = form.storage
+    if form.codec is not None:
+        text += f" by {form.codec}"
+    if form.compute != form.storage:
+        text += f", computed in {form.compute}"
+    if form.block is not None:
+        rows, columns = (size or "all" for size in form.block)
+        text += f", a scale ({form.scale}) for {rows} x {columns}"
+    return text + (f", moments in {form.moment}" if form.moment not in (form.storage, "float32") else "")
 
 
 def _precision(spec: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import attrs
 
 from composeformer.cli.options import plural
-from composeformer.config import facts_of
+from composeformer.config import facts_of, plain
 from composeformer.contracts import PHASES, LayerParts, Part
 from composeformer.costs.counts import parameters
 from composeformer.plan import Node
@@ -148,4 +148,4 @@ def _plain(value: Any) -> Any:
     """A field's value with names for the parts in it."""
     if isinstance(value, LayerParts):
         return {slot: held.name for slot, held in value.items()}
-    return value.name if isinstance(value, Part) else value
+    return value.name if isinstance(value, Part) else plain(value)

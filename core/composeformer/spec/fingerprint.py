@@ -55,6 +55,8 @@ def _fields(config: Config, node: Node | None) -> dict[str, Any]:
             continue
         if isinstance(value, LayerParts):
             stated[name] = {slot: _below(part, node) for slot, part in value.items()}
+        elif facts.record is not None:
+            stated[name] = [_fields(each, node) for each in value]
         else:
             stated[name] = _below(value, node) if isinstance(value, Part) else value
     return stated

@@ -354,11 +354,14 @@ class Resolver:
         return tuple(chosen) if self.failures == before else None
 
     def _configured(self, cls: type[Config], table: Table, paths: Paths, reserved: Iterable[str]) -> Any:
-        def resolve(fact: FieldFacts, found: object) -> tuple[Any, list[Problem]]:
+        def resolve(fact: FieldFacts, found: object, steps: Path) -> tuple[Any, list[Problem]]:
             # Problems of a part below go to the shared list, with sources of their own.
+            below = self._below(paths, *steps)
             if fact.slot == LAYER:
-                return self._layer(found, self._below(paths, fact.name)), []
-            return self.reference(str(fact.slot), found, self._below(paths, fact.name), fact.optional), []
+                return self._layer(found, below), []
+            if fact.by_kind:
+                return self._by_kind(str(fact.slot), found, below), []
+            return self.reference(str(fact.slot), found, below, fact.optional), []
 
         before = self.failures
         values, problems = check(cls, table, resolve, reserved)
@@ -384,20 +387,32 @@ class Resolver:
                 self.problem(path, found[key], told, nearest(key, SUBLAYERS), fatal=False)
         return self.layer(found, paths)
 
-    def _below(self, paths: Paths, name: str) -> Paths:
+    def _by_kind(self, slot: str, found: object, paths: Paths) -> Part | None:
+        """What a field that takes a kind holds; None with a failure."""
+        if isinstance(found, dict) and isinstance(found.get("kind"), str):
+            return self._table(slot, found, paths, str(found["kind"]))
+        kinds = self.registry.kinds(slot)
+        told = f"must be a kind of {slot}, or a table with one as `kind`: {one_of(kinds)}"
+        if isinstance(found, str) and found in kinds:
+            return self._table(slot, {"kind": found}, paths, found)
+        near = nearest(found, kinds) if isinstance(found, str) else None
+        self.problem(paths[0], found, told, near)
+        return None
+
+    def _below(self, paths: Paths, *steps: str | int) -> Paths:
         """The places that state a field which takes a part, the nearest first."""
         found: list[Path] = []
         above: Any = None
         for path in paths:
-            value = _at(self.document.data, (*path, name))
+            value = _at(self.document.data, (*path, *steps))
             if value is None:
                 continue
             tables = isinstance(value, dict) and isinstance(above, dict)
             if found and not (tables and not names_another(value, above)):
                 break
-            found.append((*path, name))
+            found.append((*path, *steps))
             above = value
-        return tuple(found) or ((*paths[-1], name),)
+        return tuple(found) or ((*paths[-1], *steps),)
 
 
 def place(document: Document, paths: Paths, field: str, otherwise: int = 0) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 
 from composeformer.config import LARGEST_INTEGER, LAYER, Config, FieldFacts, describe, facts_of
 from composeformer.contracts import PHASES, SINGLE, SLOTS, SUBLAYERS, Component
-from composeformer.model_config import ModelConfig, TrainConfig
+from composeformer.model_config import ModelConfig, ParallelConfig, TrainConfig
 from composeformer.registry import Registry
 from composeformer.spec.layers import MAX_LAYERS
 
@@ -30,11 +30,13 @@ def schema(registry: Registry) -> Schema:
         for kind in kinds:
             definitions |= _component(registry.get(slot, kind))
         definitions[f"{slot}.reference"] = _reference(slot, kinds)
+        definitions[f"{slot}.kinds"] = {"enum": kinds} if kinds else {"not": {}}
         for whole in ("", ".partial"):
             tables = [_ref(f"{slot}.{kind}{whole}") for kind in kinds]
             definitions[f"{slot}.component{whole}"] = {"anyOf": tables} if tables else {"not": {}}
     definitions |= _config("model", ModelConfig, "What every part of a model shares.")
     definitions |= _config("train", TrainConfig, "One run's sizes.")
+    definitions |= _config("parallel", ParallelConfig, "How a run is spread over processes.")
     definitions["layers"] = _layers()
     plain: Schema = {
         "format": {"const": 1, "description": "The format of specs that this version reads."},
@@ -49,7 +51,7 @@ def schema(registry: Registry) -> Schema:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "composeformer spec",
         "type": "object",
-        "properties": plain | {key: {} for key in ("model", "train", *SLOTS)},
+        "properties": plain | {key: {} for key in ("model", "train", "parallel", *SLOTS)},
         "additionalProperties": False,
         "if": {"required": ["extends"]},
         "then": {"properties": _tables(".partial")},
@@ -67,6 +69,18 @@ def field_schema(fact: FieldFacts) -> Schema:
             "additionalProperties": False,
             "description": fact.help,
         }
+    if fact.record is not None:
+        facts = facts_of(fact.record)
+        table = {
+            "type": "object",
+            "properties": {name: field_schema(each) for name, each in facts.items()},
+            "required": [name for name, each in facts.items() if each.required],
+            "additionalProperties": False,
+        }
+        return {"type": "array", "items": table, "description": fact.help}
+    if fact.by_kind:
+        kind = {"anyOf": [_ref(f"{fact.slot}.kinds"), _ref(f"{fact.slot}.component")]}
+        return {**kind, "description": fact.help}
     if fact.slot is not None:
         return {**_ref(f"{fact.slot}.reference"), "description": fact.help}
     one: Schema = {"type": _TYPES[str(fact.kind)]}
@@ -98,7 +112,7 @@ def _strings(description: str) -> Schema:
 
 def _tables(whole: str) -> Schema:
     """The top-level tables, each in full, or `.partial`."""
-    tables: Schema = {name: _ref(f"{name}{whole}") for name in ("model", "train")}
+    tables: Schema = {name: _ref(f"{name}{whole}") for name in ("model", "train", "parallel")}
     for slot, meaning in SLOTS.items():
         one = _ref(f"{slot}.component{whole}")
         several = {"type": "object", "additionalProperties": one}

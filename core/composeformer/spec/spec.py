@@ -12,10 +12,12 @@ from typing import Any
 
 from composeformer.contracts import RUN_SLOTS, SINGLE, SLOTS, LayerParts, Part
 from composeformer.errors import InputError, Problem, Source, SpecError, nearest, one_of
-from composeformer.model_config import ModelConfig, TrainConfig
+from composeformer.model_config import ModelConfig, ParallelConfig, TrainConfig
 from composeformer.plan import Node, Plan, Planner
 from composeformer.plugins import current
+from composeformer.precision import Formats
 from composeformer.registry import Registry
+from composeformer.site import Site
 from composeformer.spec import inherit, overrides, unverified, writer
 from composeformer.spec.document import Document, from_data, parse
 from composeformer.spec.fingerprint import fingerprint
@@ -24,7 +26,7 @@ from composeformer.spec.resolve import Resolver
 from composeformer.spec.values import FORMAT, values
 
 REQUIRED_SLOTS = ("embedding", "head", "residual", "precision")
-TABLES = ("model", "train", "layers")
+TABLES = ("model", "train", "parallel", "layers")
 SCALARS = ("format", "name", "description", "source", "unverified")
 
 
@@ -44,6 +46,7 @@ class Spec:
         unverified.check_marks(resolver)
         model = resolver.config(ModelConfig, ("model",))
         train = resolver.config(TrainConfig, ("train",))
+        parallel = resolver.config(ParallelConfig, ("parallel",))
         self.named: Mapping[str, Mapping[str, Part | None]] = resolver.named()
         self.singles: Mapping[str, Part | None] = self._singles(resolver)
         self.layers: tuple[LayerParts, ...] = tuple(layers(resolver))
@@ -51,10 +54,12 @@ class Spec:
             raise resolver.error()
         self.model: ModelConfig = model
         self.train: TrainConfig = train
+        self.parallel: ParallelConfig = parallel
         plan = self._plan(resolver)
         if resolver.problems or plan is None:
             raise resolver.error()
         self.plan: Plan = plan
+        self._check_run(resolver)
 
     @classmethod
     def load(cls, ref: "str | os.PathLike[str] | Spec", overrides: Sequence[str] = ()) -> "Spec":
@@ -102,6 +107,11 @@ class Spec:
         """Paths of values for which the spec's author found no source."""
         found = self.document.data.get("unverified", ())
         return tuple(found) if isinstance(found, list) else ()
+
+    @cached_property
+    def formats(self) -> Formats:
+        """The number format of every tensor."""
+        return Formats(self.single("precision"), self.plan, self.registry)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -180,6 +190,28 @@ class Spec:
             else:
                 singles[slot] = aside.single(slot) if slot in RUN_SLOTS else None
         return singles
+
+    def _check_run(self, resolver: Resolver) -> None:
+        """What only the whole model can tell of how it is run. Raises SpecError with all of it."""
+        for slot in RUN_SLOTS:
+            part = self.singles[slot]
+            if part is None or slot not in self.document.data:
+                continue
+            site = Site(path=slot, slot=slot, layer=None, width=self.model.hidden_size, spec=self)
+            problems = list(part.config.validate(site))
+            if slot == "precision":
+                problems += self.formats.problems()
+            for problem in problems:
+                place = resolver.place(part.paths, problem.field)
+                resolver.problem(place, problem.found, problem.allowed, problem.nearest)
+        ranks = self.parallel.expert
+        for role, linear in self.plan.linears.items():
+            if linear.shard == "group" and linear.groups is not None and linear.groups % ranks:
+                told = f"must divide the number of experts, {linear.groups} in {role.rpartition('.')[0]}"
+                resolver.problem(("parallel", "expert"), ranks, told)
+                break
+        if resolver.problems:
+            raise resolver.error()
 
     def _check_aliases(self, nodes: Sequence[Node | None], resolver: Resolver) -> None:
         """A shared tensor must be there, and of the same shape; two parts that never met may differ."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from composeformer.config import Config, facts_of
+from composeformer.config import Config, facts_of, plain
 from composeformer.contracts import SUBLAYERS, LayerParts, Part
 from composeformer.errors import DEFAULT, Source
 from composeformer.spec.scanner import Path, dotted
@@ -43,6 +43,7 @@ def _frame(spec: "Spec") -> Iterator[tuple[Path, object]]:
     yield ("format",), FORMAT
     yield from _fields(("model",), spec.model)
     yield from _fields(("train",), spec.train)
+    yield from _fields(("parallel",), spec.parallel)
     sole: dict[str, object] = {}
     for slot in SUBLAYERS:
         names = spec.named[slot]
@@ -86,10 +87,12 @@ def _part(part: Part, seen: set[Path]) -> Iterator[tuple[Path, object]]:
 
 
 def _fields(path: Path, config: Config) -> Iterator[tuple[Path, object]]:
-    for name in facts_of(type(config)):
+    for name, facts in facts_of(type(config)).items():
         value = getattr(config, name)
         if isinstance(value, LayerParts):
             for slot, held in (("mixer", value.mixer), ("ffn", value.ffn)):
                 yield (*path, name, slot), False if held is None else held.name
         else:
-            yield (*path, name), value.name if isinstance(value, Part) else value
+            # What is stated of records stands field by field.
+            shown = value if facts.record is None else plain(value)
+            yield (*path, name), value.name if isinstance(value, Part) else shown

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from composeformer.assemble import fill, skeleton
+from composeformer.assemble import coded, fill, skeleton
 from composeformer.decoder import Model
 from composeformer.dialects import find
 from composeformer.errors import FolderError
@@ -42,7 +42,7 @@ def load(
         raise FolderError(*problems)
     model = skeleton(spec, device=device, dtype=dtype)
     with WeightReader(root) as reader:
-        fill(model, read(spec, dialect, reader, root), device, progress)
+        fill(model, coded(model.spec, read(spec, dialect, reader, root)), device, progress)
     model.folder = root
     return model
 
@@ -136,5 +136,5 @@ def open_any(
             dialect = find(file.metadata)
             document = dialect.to_spec(file.metadata, shapes(file), file.get)
         model = skeleton(Spec.from_dict(document, label=str(where)))
-        fill(model, read(model.spec, dialect.name, file, where), "cpu", progress)
+        fill(model, coded(model.spec, read(model.spec, dialect.name, file, where)), "cpu", progress)
     return model

@@ -12,7 +12,7 @@ import tomli
 import tomli_w
 
 from composeformer import __version__
-from composeformer.config import facts_of
+from composeformer.config import facts_of, plain
 from composeformer.contracts import LayerParts, Part
 from composeformer.errors import ComposeError, FolderError
 from composeformer.plugins import current
@@ -62,7 +62,7 @@ def _execution(part: Part) -> dict[str, Any]:
     for name, facts in facts_of(type(part.config)).items():
         value = getattr(part.config, name)
         if facts.affects != "function" and value is not None and not isinstance(value, Part | LayerParts):
-            values[name] = list(value) if isinstance(value, tuple) else value
+            values[name] = plain(value)
     return values
 
 

@@ -6,6 +6,8 @@ autograd carries the gradient back to the masters' dtype.
 Shapes: N rows, I inputs, O outputs, E groups.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -18,15 +20,22 @@ from composeformer_dense.ragged import ragged
 
 
 class CastLinear(nn.Module):
-    """A linear map, or a stack of them, multiplied in one dtype."""
+    """A linear map, or a stack of them, multiplied in the dtype `compute`, which it gives unless `dtype` is another."""
 
     bias: nn.Parameter | None
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: nn.Parameter | None,
+        compute: torch.dtype,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.weight = weight
         self.register_parameter("bias", bias)
-        self.dtype = dtype
+        self.compute = compute
+        self.dtype = compute if dtype is None else dtype
 
     def extra_repr(self) -> str:
         outputs, inputs = self.weight.shape[-2:]
@@ -35,17 +44,17 @@ class CastLinear(nn.Module):
 
     def matrix(self) -> Float[Tensor, "*E O I"]:
         """The weight as it is multiplied."""
-        return self.weight.to(self.dtype)
+        return self.weight.to(self.compute)
 
     def forward(
         self, x: Float[Tensor, "*N I"], offsets: Int[Tensor, " E"] | None = None
     ) -> Float[Tensor, "*N O"]:
         """x W^T + b; with `offsets`, the ends of the groups' rows, each group's rows by its own map."""
-        x = x.to(self.dtype)
-        bias = None if self.bias is None else self.bias.to(self.dtype)
+        x = x.to(self.compute)
+        bias = None if self.bias is None else self.bias.to(self.compute)
         if offsets is None:
-            return F.linear(x, self.matrix(), bias)
-        return ragged(x, self.matrix(), bias, offsets)
+            return F.linear(x, self.matrix(), bias).to(self.dtype)
+        return ragged(x, self.matrix(), bias, offsets).to(self.dtype)
 
 
 class FullPolicy:
@@ -56,9 +65,16 @@ class FullPolicy:
         self.activations = DTYPES[config.activations]
 
     def linear(
-        self, role: str, declared: Linear, weight: nn.Parameter, bias: nn.Parameter | None
+        self,
+        role: str,
+        declared: Linear,
+        weight: Tensor,
+        bias: nn.Parameter | None,
+        *,
+        scales: Sequence[Tensor] = (),
+        dtype: torch.dtype | None = None,
     ) -> nn.Module:
-        return CastLinear(weight, bias, self.activations)
+        return CastLinear(weight, bias, self.activations, dtype)
 
 
 class BF16Policy:
@@ -69,7 +85,14 @@ class BF16Policy:
         self.activations = torch.bfloat16
 
     def linear(
-        self, role: str, declared: Linear, weight: nn.Parameter, bias: nn.Parameter | None
+        self,
+        role: str,
+        declared: Linear,
+        weight: Tensor,
+        bias: nn.Parameter | None,
+        *,
+        scales: Sequence[Tensor] = (),
+        dtype: torch.dtype | None = None,
     ) -> nn.Module:
         compute = self.config.format(role, declared.weight, declared.sensitive).compute
-        return CastLinear(weight, bias, DTYPES[compute])
+        return CastLinear(weight, bias, DTYPES[compute], dtype)

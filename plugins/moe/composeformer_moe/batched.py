@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from composeformer_moe.reference import MixtureOfExperts
+from composeformer_moe.reference import MixtureOfExperts, times
 
 
 class Batched(MixtureOfExperts):
@@ -24,13 +24,12 @@ class Batched(MixtureOfExperts):
 
     def experts(self, rows: Float[Tensor, "M D"], counts: Int[Tensor, " E"]) -> Float[Tensor, "M D"]:
         expert_N, slot_M, size = blocks(counts, len(rows))
-        x = rows.to(self.gate.dtype)
         # One slot more, which takes the rows of no expert and is dropped.
-        x_NSD = x.new_zeros(len(expert_N) * size + 1, x.shape[1]).index_copy(0, slot_M, x)[:-1]
-        x_NSD = x_NSD.view(len(expert_N), size, x.shape[1])
+        x_NSD = rows.new_zeros(len(expert_N) * size + 1, rows.shape[1]).index_copy(0, slot_M, rows)[:-1]
+        x_NSD = x_NSD.view(len(expert_N), size, rows.shape[1])
         gate_NOI, up_NOI, down_NOI = (each.matrix()[expert_N] for each in (self.gate, self.up, self.down))
-        inner_NSI = F.silu(torch.bmm(x_NSD, gate_NOI.mT)) * torch.bmm(x_NSD, up_NOI.mT)
-        found = torch.bmm(inner_NSI, down_NOI.mT).flatten(0, 1)
+        inner_NSI = F.silu(times(x_NSD, gate_NOI)) * times(x_NSD, up_NOI)
+        found = times(inner_NSI, down_NOI).flatten(0, 1)
         return F.pad(found, (0, 0, 0, 1))[slot_M]
 
 

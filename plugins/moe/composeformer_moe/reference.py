@@ -71,9 +71,11 @@ class MixtureOfExperts(nn.Module):
         """Each row's expert of it; rows are sorted by expert, and those beyond the counts come out as zeros."""
         taken = counts.tolist()
         sizes = [*taken, len(rows) - sum(taken)]
-        parts = torch.split(rows.to(self.gate.dtype), sizes)
+        parts = torch.split(rows, sizes)
         maps = zip(self.gate.matrix().unbind(), self.up.matrix().unbind(), self.down.matrix().unbind())
-        found = [(F.silu(x @ gate.T) * (x @ up.T)) @ down.T for x, (gate, up, down) in zip(parts, maps)]
+        found = [
+            times(F.silu(times(x, gate)) * times(x, up), down) for x, (gate, up, down) in zip(parts, maps)
+        ]
         return torch.cat([*found, found[0].new_zeros(parts[-1].shape)])
 
     def after_step(self, totals: Mapping[str, Tensor], run: "Run") -> dict[str, Tensor]:
@@ -85,3 +87,8 @@ class MixtureOfExperts(nn.Module):
         load = totals["router.load"].double()
         relative = torch.where(load.sum() > 0, load / load.mean(), 1)
         return {"max_violation": relative.max() - 1, "min_load": relative.min()}
+
+
+def times(x: Float[Tensor, "*N I"], matrix: Float[Tensor, "*E O I"]) -> Float[Tensor, "*N O"]:
+    """x by a map's matrix, in the dtype that holds the matrix; with leading dimensions one by one."""
+    return x.to(matrix.dtype) @ matrix.mT

@@ -138,7 +138,7 @@ BAD: dict[str, tuple[str, str]] = {
     ),
     "list_field": (config_of("sizes: list[int] = field()"), "config Odd.sizes: list[int] is not int, float"),
     "dict_field": (config_of("sizes: dict[str, int] = field()"), "config Odd.sizes: dict[str, int] is not"),
-    "no_field": (config_of("size: int = 3"), "config Odd.size is not made with field(), part() or layer()"),
+    "no_field": (config_of("size: int = 3"), "config Odd.size is not made with field(), part(), layer() or records()"),
     "unknown_type": (config_of('size: "Nowhere" = field()'), "config name 'Nowhere' is not defined"),
     "list_default": (
         config_of("sizes: tuple[int, ...] = field([1])"),

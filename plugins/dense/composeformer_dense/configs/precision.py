@@ -6,13 +6,14 @@ al., arXiv 1905.12322), which needs no loss scaling.
 
 import attrs
 
-from composeformer.config import Config, config, field
+from composeformer.config import config, field
 from composeformer.contracts import Weight
 from composeformer.formats import Format, plain
+from composeformer.precision import Precision
 
 
 @config
-class Full(Config):
+class Full(Precision):
     """Every tensor is stored and computed in one dtype, but those that fix their own."""
 
     dtype: str = field(
@@ -33,7 +34,7 @@ class Full(Config):
 
 
 @config
-class BF16(Config):
+class BF16(Precision):
     """Linear maps multiply in bfloat16; sensitive maps and plain weights stay in float32."""
 
     weights: str = field(
