@@ -96,6 +96,10 @@ class Formats:
             found[name] = self.of(name if linear is None else role, weight, linear)
         return found
 
+    def trains(self, name: str) -> bool:
+        """Whether a tensor of the plan is a parameter: it was declared to train, and is not stored as codes."""
+        return self.plan.tensors[name].trains and self.tensors[name].codec is None
+
     @cached_property
     def stored(self) -> Mapping[str, Weight]:
         """Every tensor as a model holds and a folder stores it, by full name, with its dtype: codes and scales where

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from composeformer.contracts import Linear, Weight
+from composeformer.formats import Format
 from composeformer.tensors import Batch, ModelOutput
 
 
@@ -26,12 +27,15 @@ class Objective(Protocol):
 
 
 class Trained(NamedTuple):
-    """A parameter with what its part declared: `linear` is the map it belongs to, if it does."""
+    """A parameter with what its part declared: `linear` is the map it belongs to, if it does; `format` is what the
+    precision policy says of it, None where there is no policy.
+    """
 
     name: str
     parameter: nn.Parameter
     weight: Weight
     linear: Linear | None
+    format: Format | None = None
 
     @property
     def is_matrix(self) -> bool:

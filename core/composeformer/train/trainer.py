@@ -40,7 +40,7 @@ def trained(model: Model) -> list[Trained]:
         path_of(name): p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad
     }
     found = [
-        Trained(name, names[name], weight, linears.get(name))
+        Trained(name, names[name], weight, linears.get(name), model.spec.formats.tensors[name])
         for name, weight in plan.tensors.items()
         if name in names
     ]

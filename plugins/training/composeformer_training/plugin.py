@@ -20,6 +20,9 @@ def fused_needs(facts: Facts) -> str | None:
     """Fused kernels round differently from the formula; they are taken when asked for by name."""
     if _half(facts):
         return reference_needs(facts)
+    formats = facts.site.spec.formats
+    if any(form.moment != form.storage for name, form in formats.tensors.items() if formats.trains(name)):
+        return "its kernels keep moments in the weights' dtype, and the precision policy has another"
     return None if facts.device == "cuda" else f"its kernels are for cuda, this model is on {facts.device}"
 
 

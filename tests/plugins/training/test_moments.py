@@ -1,0 +1,118 @@
+"""AdamW with moments in a dtype of their own: the same algorithm, rounded only where it is kept."""
+
+import copy
+
+import attrs
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import AdamW as TorchAdamW
+
+from composeformer.contracts import Linear
+from composeformer.formats import plain
+from composeformer.train import Trained
+from composeformer_training.adamw import make
+from composeformer_training.config import AdamW
+from composeformer_training.moments import MomentAdamW
+
+MAP = Linear(name="q", inputs=3, outputs=4)
+
+
+def one(dtype: torch.dtype, moment: str, seed: int = 0) -> Trained:
+    values = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    stored = str(dtype).removeprefix("torch.")
+    form = attrs.evolve(plain(stored, "test"), moment=moment)
+    return Trained("a.q.weight", nn.Parameter(values), MAP.weight, MAP, form)
+
+
+def gradients(steps: int, dtype: torch.dtype, seed: int = 1) -> list[Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return [torch.randn(4, 3, generator=random).to(dtype) for _ in range(steps)]
+
+
+def run(optimizer: torch.optim.Optimizer, trained: Trained, steps: list[Tensor]) -> Tensor:
+    for gradient in steps:
+        trained.parameter.grad = gradient.clone()
+        optimizer.step()
+    return trained.parameter.detach()
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.sampled_from([0.0, 0.9]),
+    st.sampled_from([0.5, 0.999]),
+    st.sampled_from([1e-8, 1e-2]),
+    st.sampled_from([0.0, 0.3]),
+)
+def test_moments_in_the_weights_dtype_are_pytorchs_adamw(
+    beta1: float, beta2: float, eps: float, decay: float
+) -> None:
+    ours, theirs = one(torch.float64, "float64"), one(torch.float64, "float64")
+    group = {"params": [ours.parameter], "weight_decay": decay, "moment": "float64"}
+    a = run(MomentAdamW([group], 0.1, (beta1, beta2), eps), ours, gradients(4, torch.float64))
+    judge = TorchAdamW([theirs.parameter], lr=0.1, betas=(beta1, beta2), eps=eps, weight_decay=decay)
+    b = run(judge, theirs, gradients(4, torch.float64))
+    assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_moments_are_kept_in_the_dtype_that_the_policy_says() -> None:
+    trained = one(torch.float32, "bfloat16")
+    optimizer = make(AdamW(), [trained], 0.1)
+    run(optimizer, trained, gradients(2, torch.float32))
+    state = optimizer.state[trained.parameter]
+    assert {state["exp_avg"].dtype, state["exp_avg_sq"].dtype} == {torch.bfloat16}
+    assert trained.parameter.dtype == torch.float32
+
+
+def test_a_step_uses_moments_before_they_are_rounded() -> None:
+    # From zero moments one step of either is the same, since nothing kept was read.
+    narrow, wide = one(torch.float32, "bfloat16"), one(torch.float32, "float32")
+    (gradient,) = gradients(1, torch.float32)
+    first = {"params": [narrow.parameter], "moment": "bfloat16"}
+    second = {"params": [wide.parameter], "moment": "float32"}
+    a = run(MomentAdamW([first], 0.1, (0.9, 0.95), 1e-8), narrow, [gradient])
+    b = run(MomentAdamW([second], 0.1, (0.9, 0.95), 1e-8), wide, [gradient])
+    assert torch.equal(a, b)
+
+
+def test_kept_moments_are_the_nearest_to_the_exact_ones() -> None:
+    trained = one(torch.float32, "bfloat16")
+    optimizer = make(AdamW(beta1=0.9, beta2=0.95), [trained], 0.1)
+    steps = gradients(3, torch.float32)
+    mean = torch.zeros(4, 3)
+    square = torch.zeros(4, 3)
+    for gradient in steps:
+        run(optimizer, trained, [gradient])
+        mean = (0.9 * mean + 0.1 * gradient).bfloat16().float()
+        square = (0.95 * square + 0.05 * gradient**2).bfloat16().float()
+        state = optimizer.state[trained.parameter]
+        # fp32 products differ in their last bit with the order of operations, which can move a tie by one unit.
+        assert torch.allclose(state["exp_avg"].float(), mean, rtol=2**-8, atol=1e-9)
+        assert torch.allclose(state["exp_avg_sq"].float(), square, rtol=2**-8, atol=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "moment"), [(torch.float32, "bfloat16"), (torch.bfloat16, "float32")])
+def test_resumed_is_never_stopped(dtype: torch.dtype, moment: str) -> None:
+    steps = gradients(6, dtype)
+    whole, first = one(dtype, moment), one(dtype, moment)
+    expected = run(make(AdamW(), [whole], 0.1), whole, steps)
+    optimizer = make(AdamW(), [first], 0.1)
+    run(optimizer, first, steps[:3])
+    saved = copy.deepcopy(optimizer.state_dict())
+    again = first._replace(parameter=nn.Parameter(first.parameter.detach().clone()))
+    resumed = make(AdamW(), [again], 0.1)
+    resumed.load_state_dict(saved)
+    state = resumed.state[again.parameter]
+    assert state["exp_avg"].dtype == getattr(torch, moment)
+    assert torch.equal(run(resumed, again, steps[3:]), expected)
+
+
+def test_weights_that_decay_and_those_that_do_not_stay_apart() -> None:
+    matrix = one(torch.float32, "bfloat16")
+    norm = Trained("norm", nn.Parameter(torch.ones(3)), MAP.weight, None, plain("float32", "test"))
+    norm = norm._replace(weight=attrs.evolve(MAP.weight, shape=(3,)))
+    optimizer = make(AdamW(weight_decay=0.5), [matrix, norm], 0.1)
+    found = {(group["moment"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert found == {("bfloat16", 0.5), ("float32", 0.0)}
