@@ -50,10 +50,14 @@ class MomentAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As PyTorch's, but moments stay in their dtype instead of the weights'."""
         super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state.get(parameter, {})
-                state.update({key: state[key].to(_dtype(group)) for key in KEPT if key in state})
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for parameter, key in zip(group["params"], saved["params"], strict=True):
+                # PyTorch has cast them to the weights' dtype by now, which may have lost bits.
+                whole = state_dict["state"].get(key, {})
+                for name in KEPT:
+                    if name in whole:
+                        kept = torch.empty_like(parameter, dtype=_dtype(group))
+                        self.state[parameter][name] = kept.copy_(whole[name])
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
@@ -69,7 +73,7 @@ class MomentAdamW(Optimizer):
         square = state["exp_avg_sq"].to(wide).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         state["exp_avg"].copy_(mean)
         state["exp_avg_sq"].copy_(square)
-        divisor = square.sqrt_().div_(sqrt(1 - beta2**step)).add_(group["eps"])
+        divisor = square.sqrt().div_(sqrt(1 - beta2**step)).add_(group["eps"])
         value = parameter.to(wide).mul(1 - group["lr"] * group["weight_decay"])
         parameter.copy_(value.addcdiv_(mean, divisor, value=-group["lr"] / (1 - beta1**step)))
 
