@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from composeformer.contracts import Component, Implementation
 from composeformer.hookspecs import hookimpl
-from composeformer_comm.config import Local
+from composeformer_comm.config import Collective, Hierarchical, Local
 
 COMPONENTS = (
     Component(
@@ -14,6 +14,20 @@ COMPONENTS = (
         (Implementation("reference", "composeformer_comm.local:LocalExchange"),),
         summary="all experts in one process",
         default=True,
+    ),
+    Component(
+        "comm",
+        "collective",
+        Collective,
+        (Implementation("reference", "composeformer_comm.remote:RemoteExchange"),),
+        summary="experts over processes, one all-to-all each way",
+    ),
+    Component(
+        "comm",
+        "hierarchical",
+        Hierarchical,
+        (Implementation("reference", "composeformer_comm.remote:RemoteExchange"),),
+        summary="experts over nodes of processes, a token crossing once per node",
     ),
 )
 
