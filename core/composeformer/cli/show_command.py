@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import attrs
 import click
 
 from composeformer.cli.options import SPEC, SPEC_HELP, console, json_option, print_json, set_option
@@ -25,8 +26,8 @@ def command(spec: str, settings: tuple[str, ...], values: bool, as_json: bool) -
     if as_json:
         document = json_tree(found)
         document["precision"] = [
-            {"roles": role, "count": count, "format": format_, "why": why}
-            for role, count, format_, why in precision(found)
+            {"roles": roles, "count": count, **attrs.asdict(form)}
+            for (roles, form), count in precision(found).items()
         ]
         if values:
             document["values"] = [{"path": p, "value": v, "source": str(s)} for p, v, s in found.values()]
@@ -40,38 +41,40 @@ def command(spec: str, settings: tuple[str, ...], values: bool, as_json: bool) -
     screen.print(_precision(found))
 
 
-def precision(spec: Any) -> list[tuple[str, int, str, str]]:
-    """Tensors by role pattern: how many, in which format, and why; layer numbers become a star."""
+def precision(spec: Any) -> dict[tuple[str, Any], int]:
+    """How many tensors have a name, layer numbers a star, and a format."""
     from composeformer.precision import starred
 
-    rows: dict[tuple[str, str, str], int] = {}
+    rows: dict[tuple[str, Any], int] = {}
     for name, form in spec.formats.tensors.items():
-        key = (starred(name), told(form), form.why)
+        key = (starred(name), form)
         rows[key] = rows.get(key, 0) + 1
-    return [(pattern, count, text, why) for (pattern, text, why), count in rows.items()]
+    return rows
 
 
-def told(form: Any) -> str:
-    """A format in words: how it is stored, multiplied and scaled."""
-    text: str = form.storage
-    if form.codec is not None:
-        text += f" by {form.codec}"
-    if form.compute != form.storage:
-        text += f", computed in {form.compute}"
-    if form.block is not None:
-        rows, columns = (size or "all" for size in form.block)
-        text += f", a scale ({form.scale}) for {rows} x {columns}"
-    return text + (f", moments in {form.moment}" if form.moment not in (form.storage, "float32") else "")
+def stored(form: Any) -> str:
+    """How a tensor is stored, in words."""
+    return str(form.storage) if form.codec is None else f"{form.storage} by {form.codec}"
+
+
+def scaled(form: Any) -> str:
+    """What shares a scale, in words."""
+    if form.block is None:
+        return ""
+    rows, columns = (size or "all" for size in form.block)
+    return f"{form.scale} for {rows} x {columns}"
 
 
 def _precision(spec: Any) -> Any:
     from rich.table import Table
 
     table = Table(title=f"precision: {spec.single('precision').kind}", title_justify="left")
-    for column in ("tensors", "", "format", "why"):
-        table.add_column(column, justify="right" if not column else "left")
-    for pattern, count, text, why in precision(spec):
-        table.add_row(pattern, str(count), text, why)
+    for column in ("tensors", "", "stored", "computed", "scales", "moments", "why"):
+        table.add_column(column, justify="right" if not column else "left", no_wrap=column == "tensors")
+    for (roles, form), count in precision(spec).items():
+        moments = form.moment if form.codec is None else ""
+        computed = form.compute if form.compute != form.storage else ""
+        table.add_row(roles, str(count), stored(form), computed, scaled(form), moments, form.why)
     return table
 
 
