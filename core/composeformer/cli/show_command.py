@@ -62,7 +62,7 @@ def scaled(form: Any) -> str:
     if form.block is None:
         return ""
     rows, columns = (size or "all" for size in form.block)
-    return f"{form.scale} for {rows} x {columns}"
+    return f"{rows} x {columns}"
 
 
 def _precision(spec: Any) -> Any:
@@ -73,7 +73,7 @@ def _precision(spec: Any) -> Any:
         table.add_column(column, justify="right" if not column else "left", no_wrap=column == "tensors")
     for (roles, form), count in precision(spec).items():
         moments = form.moment if form.codec is None else ""
-        computed = form.compute if form.compute != form.storage else ""
+        computed = form.compute.removeprefix("float8_") if form.compute != form.storage else ""
         table.add_row(roles, str(count), stored(form), computed, scaled(form), moments, form.why)
     return table
 
