@@ -1,0 +1,28 @@
+"""`f8-1x128` on paper: E4M3 codes and one fp32 scale for 128 neighbouring features of a row."""
+
+from math import ceil
+
+import attrs
+
+from composeformer.config import Config, config
+from composeformer.contracts import Weight
+
+TILE = 128
+
+
+@config
+class Tiles(Config):
+    """Rows in tiles of their own, as activations travel (arXiv 2412.19437, section 3.3.3)."""
+
+    def stored(self, weight: Weight) -> tuple[Weight, ...]:
+        """Codes under the tensor's own name, and `<name>_scale_inv`, which multiplies them."""
+        *rows, features = weight.shape
+        return (
+            attrs.evolve(weight, dtype="float8_e4m3fn", trains=False, init=None),
+            Weight(
+                name=f"{weight.name}_scale_inv",
+                shape=(*rows, ceil(features / TILE)),
+                dtype="float32",
+                trains=False,
+            ),
+        )
