@@ -66,3 +66,17 @@ def compose_specs() -> Iterable["Traversable | Path"]:
     `importlib.resources.files("package") / "name.toml"`.
     """
     return ()
+
+
+@hookspec
+def compose_topologies() -> Iterable["Traversable | Path"]:
+    """The profiles of clusters that this plugin ships: links with their bandwidths and latencies, and sources.
+
+    When: once for each plugin, after its `compose_specs`. The files are found, not read;
+    `composeformer.costs.topology` reads them.
+    Order: composeformer's own plugins first, then the others by name; a name that two plugins ship is an
+    error for who asks for it.
+    Returns: an iterable of existing `.toml` files, one for each topology, as paths or as
+    `importlib.resources.files("package") / "name.toml"`.
+    """
+    return ()

@@ -35,7 +35,9 @@ HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("compose_"))
 
 
 class Plugins:
-    """One set of plugins, loaded: their components, and the dialect and spec files they ship, in order."""
+    """One set of plugins, loaded: their components, and the files of dialects, specs and topologies they ship, in
+    order.
+    """
 
     def __init__(self, infos: Iterable[PluginInfo] = ()) -> None:
         self.registry = Registry(infos)
@@ -44,6 +46,9 @@ class Plugins:
             f for info in self.infos for f in info.dialects
         )
         self.spec_files: tuple[Traversable | Path, ...] = tuple(f for info in self.infos for f in info.specs)
+        self.topology_files: tuple[Traversable | Path, ...] = tuple(
+            f for info in self.infos for f in info.topologies
+        )
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -114,12 +119,19 @@ def _load(candidate: Candidate, blocked_for: str | None) -> PluginInfo:
         components = _call(hooks, "compose_components", vetting.components_refusal)
         dialects = _call(hooks, "compose_dialects", vetting.files_refusal)
         specs = _call(hooks, "compose_specs", vetting.files_refusal)
+        topologies = _call(hooks, "compose_topologies", vetting.files_refusal)
     except _Refused as refused:
         logger.debug("plugin %s", info, exc_info=refused)
         return attrs.evolve(info, cause=str(refused))
     origin = getattr(sys.modules.get(candidate.entry_point.module), "__file__", None) or candidate.value
     return attrs.evolve(
-        info, origin=origin, status="loaded", components=components, dialects=dialects, specs=specs
+        info,
+        origin=origin,
+        status="loaded",
+        components=components,
+        dialects=dialects,
+        specs=specs,
+        topologies=topologies,
     )
 
 

@@ -37,6 +37,7 @@ class PluginInfo:
     components: tuple[Component, ...] = ()
     dialects: "tuple[Traversable | Path, ...]" = ()
     specs: "tuple[Traversable | Path, ...]" = ()
+    topologies: "tuple[Traversable | Path, ...]" = ()
     requires: str | None = None
     conflicts: tuple[str, ...] = ()
 

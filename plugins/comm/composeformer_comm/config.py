@@ -5,7 +5,7 @@ Sources: DeepSeek-V3, arXiv 2412.19437, section 3.2.2 (each token crosses the sl
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from composeformer.config import Config, config, field
 from composeformer.contracts import Exchange
@@ -13,7 +13,7 @@ from composeformer.costs.ledger import Ledger, Rows
 from composeformer.errors import Problem
 from composeformer.site import Site
 from composeformer_comm import declared, means
-from composeformer_comm.hops import Hop, flat, two_level
+from composeformer_comm.hops import Hop, flat, no_whole_nodes, two_level
 
 # The codec of FP8 rows, a plugin's: tiles of 128 features share one scale.
 TILES = "f8-1x128"
@@ -25,6 +25,8 @@ COMBINE_FORMAT = "How results travel back, and gradients of rows: as computed, o
 @config
 class Local(Config):
     """All experts are in this process: tokens are sorted, not sent."""
+
+    processes: ClassVar[str] = "one"
 
     def declared(
         self,
@@ -83,6 +85,9 @@ class Remote(Config):
     def validate(self, site: Site) -> Iterable[Problem]:
         if self.dispatch_format == "fp8" and TILES not in site.spec.registry.kinds("codec"):
             yield Problem("dispatch_format", "fp8", f"needs the codec {TILES}, of the plugin fp8")
+        size, ranks = getattr(self, "ranks_per_node", None), site.spec.parallel.expert
+        if size is not None and (told := no_whole_nodes(ranks, size)):
+            yield Problem("ranks_per_node", size, told)
 
     def declared(
         self,

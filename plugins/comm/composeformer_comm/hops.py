@@ -61,22 +61,28 @@ def two_level(ranks: int, size: int) -> tuple[Hop, ...]:
 
 def check(ranks: int, size: int) -> None:
     """Raises InputError unless `ranks` are whole nodes of `size`."""
-    if ranks > 1 and ranks % size:
-        fitting = [d for d in range(1, ranks + 1) if ranks % d == 0]
-        near = min(fitting, key=lambda d: (abs(d - size), d))
-        raise InputError(
-            f"comm.ranks_per_node = {size}: must divide the number of ranks that share the experts ({ranks}); "
-            f"the nearest that does is {near}"
-        )
+    if told := no_whole_nodes(ranks, size):
+        raise InputError(f"comm.ranks_per_node = {size}: {told}")
+
+
+def no_whole_nodes(ranks: int, size: int) -> str | None:
+    """Why `ranks` can not be nodes of `size`, or None. One rank alone is always a node."""
+    if ranks == 1 or ranks % size == 0:
+        return None
+    near = _nearest_divisor(ranks, size)
+    return f"must divide the number of ranks that share the experts ({ranks}); the nearest that does is {near}"
 
 
 def owned(groups: int, ranks: int) -> int:
     """Groups of each rank. Raises InputError where they can not be shared evenly."""
     if groups % ranks:
-        fitting = [d for d in range(1, groups + 1) if groups % d == 0]
-        near = min(fitting, key=lambda d: (abs(d - ranks), d))
+        near = _nearest_divisor(groups, ranks)
         raise InputError(
             f"parallel.expert = {ranks}: {groups} experts can not be shared evenly by {ranks} ranks; "
             f"the nearest number that divides them is {near}"
         )
     return groups // ranks
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))

@@ -1,6 +1,7 @@
 """Registers the communication parts. Imports no torch."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from composeformer.contracts import Component, Implementation
 from composeformer.hookspecs import hookimpl
@@ -35,3 +36,8 @@ COMPONENTS = (
 @hookimpl
 def compose_components() -> Iterable[Component]:
     return COMPONENTS
+
+
+@hookimpl
+def compose_topologies() -> Iterable[Path]:
+    return sorted((Path(__file__).parent / "topologies").glob("*.toml"))

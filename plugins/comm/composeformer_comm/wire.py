@@ -73,7 +73,8 @@ def as_bytes(value: Tensor) -> UInt8[Tensor, "N B"]:
 
 def of_bytes(rows: UInt8[Tensor, "N B"], dtype: torch.dtype) -> Tensor:
     """Rows of `dtype` again. Columns of a wider parcel are copied: only then are they aligned."""
-    if rows.storage_offset() % dtype.itemsize or not rows.is_contiguous():
+    # One row or none counts as contiguous whatever its stride, which a view of another dtype still checks.
+    if rows.storage_offset() % dtype.itemsize or rows.stride(0) != rows.shape[1]:
         rows = rows.clone(memory_format=torch.contiguous_format)
     return rows.view(dtype)
 
