@@ -21,6 +21,7 @@ from composeformer.exchange import Exchange
 from composeformer.filling import fill
 from composeformer.implementations import Chooser, serve
 from composeformer.init import initial
+from composeformer.parallel import Placement, place
 from composeformer.plan import Node
 from composeformer.policy import Codec, Policy
 from composeformer.precision import Formats
@@ -106,10 +107,13 @@ class Shared:
 
 
 class Builder:
-    """Constructs one model on the meta device, with implementations for a `device` type."""
+    """Constructs one model on the meta device, with implementations for a `device` type: what this process holds of
+    it, as its placement says.
+    """
 
-    def __init__(self, spec: Spec, device: str) -> None:
+    def __init__(self, spec: Spec, device: str, placement: Placement | None = None) -> None:
         self.spec = spec
+        self.placement = Placement(spec=spec) if placement is None else placement
         self.formats = spec.formats
         self.chooser = Chooser(device, self.formats.activations)
         self.activations = DTYPES[self.formats.activations]
@@ -137,7 +141,10 @@ class Builder:
             predictor = None if plan.predictor is None else self.module(plan.predictor)
             ends = embedding, layers, residual, head, predictor
             model = Model(self.spec, *ends, self.tables, self.activations, self.choices)
+        model.placement = self.placement
         agree(model, self.formats)
+        if self.placement.shard:
+            lazy.load("composeformer.parallel.sharding:shard")(model, self.placement)
         return model
 
     def module(self, node: Node) -> nn.Module:
@@ -161,7 +168,7 @@ class Builder:
         if self._comm is None:
             part = self.spec.single("comm")
             self._comm = lazy.load(self._run_part(part)), part
-        made: Exchange = self._comm[0](self._comm[1].config, groups)
+        made: Exchange = self._comm[0](self._comm[1].config, groups, self.placement.world.expert_group)
         return made
 
     def linear(self, owner: str, declared: Linear) -> nn.Module:
@@ -174,7 +181,7 @@ class Builder:
         named = self.formats.rule(role) is not None
         # Parts expect other dtypes of sensitive maps, and of no others.
         dtype = self.activations if named and not declared.sensitive else None
-        told = attrs.evolve(declared, sensitive=False) if named else declared
+        told = self.placement.linear(attrs.evolve(declared, sensitive=declared.sensitive and not named))
         policy = self._policy(self.formats.decides(role))
         module: nn.Module = policy.linear(role, told, weight, bias, scales=scales, dtype=dtype)  # type: ignore[arg-type]
         return module
@@ -190,8 +197,9 @@ class Builder:
             raise TypeError(f"{name} is declared to be {target}, which is not built before it")
         for each in held:
             if each not in self._tensors:
-                empty = torch.empty(stored[each].shape, dtype=DTYPES[str(stored[each].dtype)], device="meta")
-                self._tensors[each] = nn.Parameter(empty) if stored[each].trains else nn.Buffer(empty)
+                here = self.placement.here(each, stored[each])
+                empty = torch.empty(here.shape, dtype=DTYPES[str(here.dtype)], device="meta")
+                self._tensors[each] = nn.Parameter(empty) if here.trains else nn.Buffer(empty)
         return [self._tensors[each] for each in held]
 
     def _policy(self, part: Part) -> Policy:
@@ -231,25 +239,30 @@ def build(
     """A model with initial values, from a spec, its path or its shipped name.
 
     On the device `meta` it has shapes only. A `dtype` is that of the default precision policy, where the spec
-    states no other. `progress(done, total)` counts tensors. Raises ComposeError.
+    states no other. `progress(done, total)` counts tensors. Over several processes each builds what it holds, of
+    the same values for the same seed. Raises ComposeError.
     """
     model = skeleton(Spec.load(spec, tuple(overrides)), device=device, dtype=dtype)
+    groups = model.placement.groups
+    model.placement.world.agree({"the seed": str(seed)}, "build one model")
     if torch.device(device).type != "meta":
         tensors = model.spec.plan.tensors.items()
         std = model.spec.model.init_std
-        values = ((name, initial(name, weight, seed, std)) for name, weight in tensors)
+        values = ((name, initial(name, weight, seed, std, groups(name))) for name, weight in tensors)
         fill(model, coded(model.spec, values), device, progress)
     return model
 
 
 def skeleton(spec: Spec, *, device: str = "cpu", dtype: str | None = None) -> Model:
-    """The model on the meta device, with implementations chosen for `device`. Values come from `fill`.
+    """The model on the meta device, with implementations chosen for `device`. Values come from `fill`. Over several
+    processes it is what this one holds.
 
     Raises InputError for a device that is not there, or a `dtype` that the precision policy can not have.
     """
     if dtype is not None:
         spec = in_dtype(spec, dtype)
-    return Builder(spec, device_type(device)).model()
+    kind = device_type(device)
+    return Builder(spec, kind, place(spec, device)).model()
 
 
 def in_dtype(spec: Spec, dtype: str) -> Spec:
@@ -302,8 +315,10 @@ def coded(spec: Spec, values: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[st
         yield from zip(held, made[kind].encode(value), strict=True)
 
 
-def agree(model: nn.Module, formats: Formats) -> None:
-    """Raises PluginError unless what was built is what was declared: names, shapes, parameters, aliases."""
+def agree(model: Model, formats: Formats) -> None:
+    """Raises PluginError unless what was built is what was declared: names, shapes of this process's part,
+    parameters, aliases.
+    """
     built = model.state_dict(keep_vars=True)
     aliases = formats.aliases
     declared = {**formats.stored, **{name: formats.stored[target] for name, target in aliases.items()}}
@@ -312,9 +327,9 @@ def agree(model: nn.Module, formats: Formats) -> None:
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     _same("is a buffer that is not saved", buffers - built.keys())
     for name, weight in declared.items():
-        found = built[name]
-        if tuple(found.shape) != weight.shape:
-            raise PluginError(f"{name}: built with shape {tuple(found.shape)}, declared with {weight.shape}")
+        found, shape = built[name], model.placement.here(aliases.get(name, name), weight).shape
+        if tuple(found.shape) != shape:
+            raise PluginError(f"{name}: built with shape {tuple(found.shape)}, declared with {shape}")
         if name not in aliases and isinstance(found, nn.Parameter) != weight.trains:
             told = f"declared with trains = {weight.trains}"
             raise PluginError(f"{name}: built as {type(found).__name__}, {told}")

@@ -19,6 +19,7 @@ from composeformer.counting import count_documents, count_positions
 from composeformer.errors import InputError, PluginError, one_of
 from composeformer.inputs import check_counts, check_forward
 from composeformer.model_cache import ModelCache
+from composeformer.parallel import Placement
 from composeformer.spec import Spec
 from composeformer.tensors import Batch, ModelOutput, Output, Prediction, Rotary, merge
 
@@ -44,7 +45,7 @@ class Layer(nn.Module):
 
 class Model(nn.Module):
     """A built model. `choices` says which implementation serves each phase, by path; `folder` where its
-    values were read, None for initial ones.
+    values were read, None for initial ones; `placement` what of it this process holds.
     """
 
     folder: Path | None = None
@@ -70,6 +71,7 @@ class Model(nn.Module):
         self.spec = spec
         self.activations = activations
         self.choices = choices
+        self.placement = Placement(spec=spec)
         self._tables = dict(tables)
         self._mixers = [
             f"layers.{index}.mixer" for index, layer in enumerate(layers) if layer.mixer is not None

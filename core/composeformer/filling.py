@@ -1,4 +1,8 @@
-"""Values for a model on the meta device: each tensor by name, an alias together with what it is."""
+"""Values for a model on the meta device: each tensor by name, an alias together with what it is.
+
+Over several processes each gives its own part of a tensor that is cut by expert, and the whole of one that is
+sharded, of which it keeps its shard.
+"""
 
 import os
 from collections.abc import Callable, Iterable
@@ -7,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from composeformer.errors import InputError, join, nearest, one_of
+from composeformer.parallel.pieces import like, local
+from composeformer.parallel.world import size
 
 Places = dict[int, tuple[Tensor, list[tuple[str, nn.Module, str]]]]
 
@@ -37,7 +43,7 @@ def fill(
         old, owners = open_places.pop(names[name])
         if tuple(value.shape) != tuple(old.shape):
             raise InputError(f"{name}: has shape {tuple(value.shape)}, the model wants {tuple(old.shape)}")
-        data = value.to(device=device, dtype=old.dtype)
+        data = like(old, value, device)
         new = nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
         for _, module, attribute in owners:
             setattr(module, attribute, new)
@@ -48,11 +54,14 @@ def fill(
 
 
 def check_room(found: Places, device: str) -> None:
-    """Raises InputError for tensors that the device's whole memory can not hold."""
-    needed = sum(tensor.nbytes for tensor, _ in found.values())
-    there = memory(device)
-    if there is not None and needed > there:
-        sizes = f"{needed / 1e9:,.1f} GB of tensors are more than the {there / 1e9:,.1f} GB of {device}"
+    """Raises InputError for tensors that the device's whole memory can not hold, with those of all processes of this
+    machine where they share it.
+    """
+    needed = sum(local(tensor).nbytes for tensor, _ in found.values())
+    there, sharing = memory(device), neighbours(device)
+    if there is not None and needed * sharing > there:
+        each = "" if sharing == 1 else f" in each of {sharing} processes"
+        sizes = f"{needed / 1e9:,.1f} GB of tensors{each} are more than the {there / 1e9:,.1f} GB of {device}"
         raise InputError(f"{sizes}; on the device meta a model has shapes only")
 
 
@@ -64,6 +73,12 @@ def memory(device: str) -> int | None:
     if kind != "cpu" or not hasattr(os, "sysconf"):
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def neighbours(device: str) -> int:
+    """How many processes share a device's memory: as torchrun says for a machine's own, one for any other."""
+    shared = torch.device(device).type == "cpu" and size() > 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if shared else 1
 
 
 def places(model: nn.Module) -> Places:

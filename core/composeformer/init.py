@@ -7,6 +7,7 @@ draws just those. Values are drawn in fp32 on the CPU and then cast.
 from hashlib import blake2b
 from math import prod
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -14,20 +15,29 @@ from composeformer.contracts import Constant, Normal, Weight
 from composeformer.errors import InputError
 
 
-def initial(name: str, weight: Weight, seed: int, default_std: float) -> Tensor:
+def initial(
+    name: str, weight: Weight, seed: int, default_std: float, groups: slice | None = None
+) -> Tensor:
     """The initial value of a declared tensor, on the CPU: fp32, or its own dtype when that is no float.
 
-    A tensor that states no `init` is normal with `default_std`; three dimensions are groups. Raises InputError
-    for one that is too large for this machine, before any is drawn.
+    A tensor that states no `init` is normal with `default_std`; three dimensions are groups. With `groups` only
+    those are drawn, the same as among all. Raises InputError for one that is too large for this machine, before
+    any is drawn.
     """
+    start = 0
+    if groups is not None:
+        start = groups.start
+        weight = attrs.evolve(weight, shape=(groups.stop - start, *weight.shape[1:]))
     init = weight.init if weight.init is not None else Normal(default_std)
     if isinstance(init, Constant):
         dtype = {"int64": torch.int64, "bool": torch.bool}.get(weight.dtype or "", torch.float32)
         return torch.full(weight.shape, init.value, dtype=dtype)
     value = _empty(name, weight.shape)
-    groups = list(value) if value.ndim == 3 else [value]
-    for group, part in enumerate(groups):
-        _draw(part, init.std, f"{seed}/{name}/{group}" if value.ndim == 3 else f"{seed}/{name}")
+    if value.ndim == 3:
+        for group, part in enumerate(value, start):
+            _draw(part, init.std, f"{seed}/{name}/{group}")
+    else:
+        _draw(value, init.std, f"{seed}/{name}")
     return value
 
 

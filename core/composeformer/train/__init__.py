@@ -1,9 +1,10 @@
-"""Training in one process: one optimizer step, and what it asks of objectives and optimizers."""
+"""Training: one optimizer step, and what it asks of objectives and optimizers."""
 
 from composeformer.train.after import Run
 from composeformer.train.batch import TokenBatch
+from composeformer.train.ledger import StepResult
 from composeformer.train.roles import MakeOptimizer, Objective, Trained
-from composeformer.train.step import StepResult, train_step
+from composeformer.train.step import train_step
 from composeformer.train.trainer import trained, trainer
 
 __all__ = [

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from composeformer.counting import count_positions
 from composeformer.tensors import Batch
@@ -31,6 +32,15 @@ class TokenBatch(NamedTuple):
         if positions is None:
             positions = count_positions(self.ids, self.documents, self.valid)
         return Batch(self.ids, positions, self.documents, self.valid)
+
+    def padded(self, length: int) -> "TokenBatch":
+        """The same tokens in rows of at least `length`, padding behind."""
+        more = length - self.ids.shape[1]
+        if more <= 0:
+            return self
+        valid = torch.ones_like(self.ids, dtype=torch.bool) if self.valid is None else self.valid
+        wide = (None if tensor is None else pad(tensor, (0, more)) for tensor in self._replace(valid=valid))
+        return TokenBatch(*wide)  # type: ignore[arg-type]
 
     def num_tokens(self) -> Int[Tensor, ""]:
         """How many tokens are real."""
