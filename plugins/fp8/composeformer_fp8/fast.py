@@ -52,7 +52,7 @@ class Fast(Emulated):
         for rows, into in zip(spans, found, strict=True):
             a = self._rounded(gradient[rows], block, self.recipe.gradients)
             b = self._rounded(x[rows], block, self.recipe.activations)
-            with multiplied(self.recipe):
+            with multiplied(self.recipe, x.device):
                 torch.mm(a.mT, b, out=into)
         return found[0] if ends is None else found
 
@@ -69,7 +69,7 @@ class Fast(Emulated):
         whole = self._rounded(x[:last], block, form) if self.recipe.tile else None
         for rows, weight in zip(spans, matrix[None] if ends is None else matrix, strict=True):
             own = self._rounded(x[rows], block, form) if whole is None else whole[rows]
-            with multiplied(self.recipe):
+            with multiplied(self.recipe, x.device):
                 torch.mm(own, weight.mT, out=found[rows])
         return found
 
@@ -93,15 +93,16 @@ def _spans(ends: list[int] | None, rows: int) -> list[slice]:
 
 
 @contextmanager
-def multiplied(recipe: Recipe) -> Iterator[None]:
-    """fp32 products on the CPU in bfloat16 where that loses nothing, elsewhere in fp32 whatever is set.
+def multiplied(recipe: Recipe, device: torch.device) -> Iterator[None]:
+    """fp32 products in narrower operands where that loses nothing, elsewhere in fp32 whatever is set.
 
     The setting is the process's: another thread that multiplies meanwhile sees it.
     """
-    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16" if recipe.exact_scales else "ieee"
+    backends: Any = torch.backends
+    setting, narrower = (backends.cuda, "tf32") if device.type == "cuda" else (backends.mkldnn, "bf16")
+    before = setting.matmul.fp32_precision
+    setting.matmul.fp32_precision = narrower if recipe.exact_scales else "ieee"
     try:
         yield
     finally:
-        setting.fp32_precision = before
+        setting.matmul.fp32_precision = before

@@ -20,10 +20,7 @@ from composeformer_fp8.emulate import Emulated, Held
 
 
 class Scaled(nn.Module):
-    """A linear map, or a stack of them, as `products` computes it.
-
-    With `held` the weight is stored as codes: it is multiplied as it is, and has no gradient.
-    """
+    """A linear map, or a stack of them, as `products` computes it."""
 
     bias: nn.Parameter | None
 

@@ -4,7 +4,7 @@ E4M3 here is the variant without infinities (`fn`): its largest exponent holds v
 Source: Micikevicius et al., arXiv 2209.05433; the OCP 8-bit Floating Point Specification, revision 1.0.
 """
 
-from math import frexp
+from math import frexp, log, sqrt
 
 import attrs
 
@@ -34,6 +34,14 @@ class Narrow:
     def roundoff(self) -> float:
         """The largest relative error of rounding to nearest, of normal numbers."""
         return 2.0 ** -(self.mantissa + 1)
+
+    @property
+    def spread(self) -> float:
+        """The root mean square of rounding's relative error, of normal numbers with logarithms spread evenly.
+
+        Errors are even within half a step of 2^-mantissa, and a significand's mean inverse square is 3 / (8 ln 2).
+        """
+        return 2.0**-self.mantissa * sqrt(3 / (8 * log(2)) / 12)
 
     @property
     def halfway(self) -> float:

@@ -23,6 +23,7 @@ class Reference:
         self.config = config
         self.activations = DTYPES[config.activations]
         self._products = self.products(config.recipe)
+        self._of_stored = self.products(config.recipe.of_stored())
 
     def linear(
         self,
@@ -39,7 +40,7 @@ class Reference:
             return High(weight, bias, dtype or torch.float32)
         given = dtype or self.activations
         if scales:
-            return Coded(weight, scales[0], bias, self._products, given)
+            return Coded(weight, scales[0], bias, self._of_stored, given)
         return Scaled(weight, bias, self._products, given)
 
 

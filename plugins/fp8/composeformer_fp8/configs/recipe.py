@@ -8,7 +8,7 @@ q s. Activations and output gradients are cut into tiles along the reduction of 
 Source: DeepSeek-V3, arXiv 2412.19437, section 3.3.
 """
 
-from math import ceil
+from math import ceil, hypot
 
 import attrs
 
@@ -26,7 +26,7 @@ class Recipe:
 
     Products accumulate exactly over `chunk` of the reduction, are rounded to fp32 once, scaled, and added up in
     fp32. With `promoted` false nothing is rounded until the end; an accumulator of fewer than 24 `bits` truncates
-    after each 32 products.
+    after each 32 products. `stored` says that the weight comes as codes and scales, as they are.
     """
 
     tile: int
@@ -38,11 +38,16 @@ class Recipe:
     chunk: int = 128
     promoted: bool = True
     bits: int = 24
+    stored: bool = False
 
     @property
     def exact_scales(self) -> bool:
-        """Whether scales are powers of two, so that q s has no more significant bits than q."""
-        return self.scales != "float32"
+        """Whether all scales are powers of two, so that q s has no more significant bits than q."""
+        return self.scales != "float32" and not self.stored
+
+    def of_stored(self) -> "Recipe":
+        """The recipe of a weight that is stored as codes in blocks of 128x128, with scales of any size."""
+        return attrs.evolve(self, block=(128, 128), stored=True)
 
     @property
     def anew(self) -> bool:
@@ -76,6 +81,13 @@ class Recipe:
         saturated = 2 * a.roundoff if self.scales == "mx" else 0.0
         factors = (1 + max(a.roundoff, saturated)) * (1 + max(b.roundoff, saturated))
         return factors * (1 + self.accumulation_error(inputs)) - 1
+
+    def typical_error(self, gradient: bool = False) -> float:
+        """The relative error, in the root mean square, of a product of random operands of either sign: both are rounded
+        independently, and their errors add up as the products themselves do, whatever the length.
+        """
+        a = self.gradients if gradient else self.activations
+        return hypot(a.spread, self.weights.spread)
 
     def accumulation_error(self, inputs: int) -> float:
         """The same for the accumulation alone, in units of sum_k |q_k s_k| |q'_k s'_k|."""

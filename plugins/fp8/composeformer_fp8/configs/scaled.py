@@ -8,6 +8,7 @@ improves on: one scale for a tensor.
 
 import attrs
 
+from composeformer import lazy
 from composeformer.config import config, field
 from composeformer.contracts import Facts, Weight
 from composeformer.formats import Format, plain
@@ -149,3 +150,11 @@ def fast_needs(facts: Facts) -> str | None:
     if not facts.config.recipe.declared:
         return "only the reference computes another promotion or accumulator"
     return None
+
+
+def triton_needs(facts: Facts) -> str | None:
+    """Why the Triton kernel can not serve, if it can not."""
+    if facts.device != "cuda":
+        return f"its kernel is for cuda devices, and this is {facts.device}"
+    missing: str | None = lazy.load("composeformer_fp8.kernels:lacks")()
+    return missing or fast_needs(facts)
