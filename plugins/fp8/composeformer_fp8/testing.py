@@ -47,6 +47,7 @@ def magnitude(x: Float[Tensor, "*E R C"], block: Block, form: Narrow, recipe: Re
     r, c = block[0] or max(rows, 1), block[1] or max(columns, 1)
     size = x.double().abs()
     padded = torch.nn.functional.pad(size, (0, -columns % c, 0, -rows % r))
-    largest = padded.unflatten(-1, (-1, c)).unflatten(-3, (-1, r)).amax((-3, -1))
+    cut = padded.reshape(*x.shape[:-2], -(-rows // r), r, -(-columns // c), c)
+    largest = cut.amax((-3, -1))
     least = (largest * recipe.floor(form)).clamp(min=form.normal * SMALLEST_SCALE)
     return size + spread(least, (r, c), (rows, columns))

@@ -5,16 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from composeformer_fp8.configs.recipe import Recipe
-from composeformer_fp8.numbers import E4M3, E5M2, SMALLEST_SCALE, Narrow, blocks
-from composeformer_fp8.quantise import Block, dequantise, quantise, scale, values
-from composeformer_fp8.strips import rounded
-from composeformer_fp8.testing import SIZES, content, magnitude, tensors
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from composeformer.tensors import DTYPES
+from composeformer_fp8.configs.recipe import Recipe
+from composeformer_fp8.numbers import E4M3, E5M2, SMALLEST_SCALE, Narrow, blocks
+from composeformer_fp8.quantise import Block, dequantise, quantise, scale, values
+from composeformer_fp8.strips import rounded
+from composeformer_fp8.testing import SIZES, content, magnitude, tensors
 
 RULES = ("float32", "ue8m0", "mx")
 FORMS = st.sampled_from([E4M3, E5M2])
@@ -205,8 +205,8 @@ def test_ties_go_to_even_codes_and_all_else_to_the_nearest(form: Narrow) -> None
 
 @pytest.mark.parametrize("rule", RULES)
 def test_rounds_up_as_often_as_down(rule: str) -> None:
-    # Of n even draws the half goes up, give or take sqrt(n) / 2; a fair rounding is never five of those away. At the ends
-    # of the drawn range gaps between codes are cut off, so only those are counted that lie in it whole.
+    # Of n even draws the half goes up, give or take sqrt(n) / 2; a fair rounding is never five of those away. At the
+    # ends of the drawn range gaps between codes are cut off, so only those are counted that lie in it whole.
     x = torch.rand(512, 512, generator=torch.Generator().manual_seed(0)) + 0.5
     codes, scales = quantise(x, (1, 128), E4M3, rule)
     ratio = x / scales.repeat_interleave(128, 1)

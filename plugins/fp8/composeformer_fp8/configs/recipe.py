@@ -74,12 +74,13 @@ class Recipe:
             sum_k (|a_k| + f A_k) (|b_k| + f B_k)
 
         where A_k and B_k are the largest magnitudes in the blocks of a_k and b_k, and f is `floor`. Both factors
-        are rounded to u, (1 + u_a)(1 + u_b) - 1 together; then one rounding of each chunk's sum, two by its scales
-        and one for each chunk that is added. `gradient` says that a is an output gradient.
+        are rounded to u, and their quotients before to fp32; then each chunk's sum is rounded once, twice by its
+        scales, and once for each chunk that is added. `gradient` says that a is an output gradient.
         """
         a, b = (self.gradients if gradient else self.activations), self.weights
-        saturated = 2 * a.roundoff if self.scales == "mx" else 0.0
-        factors = (1 + max(a.roundoff, saturated)) * (1 + max(b.roundoff, saturated))
+        # MX scales let the largest numbers saturate, by less than a step.
+        steps = 2 if self.scales == "mx" else 1
+        factors = (1 + steps * a.roundoff + 2.0**-23) * (1 + steps * b.roundoff + 2.0**-23)
         return factors * (1 + self.accumulation_error(inputs)) - 1
 
     def typical_error(self, gradient: bool = False) -> float:

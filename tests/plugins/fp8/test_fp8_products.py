@@ -1,0 +1,274 @@
+"""The three products: the emulation against its definition, error bounds, `fast` against the emulation, groups."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from composeformer_fp8.configs.mx import MXFP8
+from composeformer_fp8.configs.recipe import Recipe
+from composeformer_fp8.configs.scaled import FP8Block, FP8Tensor
+from composeformer_fp8.emulate import Emulated, Operand, product, truncated
+from composeformer_fp8.fast import Fast, multiplied
+from composeformer_fp8.numbers import E4M3, Narrow
+from composeformer_fp8.quantise import Block, quantise, values
+from composeformer_fp8.testing import CONTENTS, content, magnitude
+
+RECIPES = {
+    "block": FP8Block().recipe,
+    "block-ue8m0": FP8Block(scales="ue8m0").recipe,
+    "block-e5m2": FP8Block(gradients="e5m2").recipe,
+    "tensor": FP8Tensor().recipe,
+    "tensor-ue8m0": FP8Tensor(scales="ue8m0", gradients="e5m2").recipe,
+    "mx": MXFP8().recipe,
+}
+# Rows, outputs, inputs.
+SHAPES = st.sampled_from([(1, 1, 1), (5, 576, 129), (130, 64, 576), (300, 31, 33), (129, 128, 384), (0, 3, 5)])
+SORTS = st.sampled_from(CONTENTS)
+SEEDS = st.integers(0, 2**31)
+
+
+def drawn(shape: tuple[int, int, int], sort: str, seed: int, groups: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """x, a weight and an output gradient."""
+    rows, outputs, inputs = shape
+    weight = content(sort, (max(groups, 1) * outputs, inputs), seed + 1)
+    x, gradient = content(sort, (rows, inputs), seed), content(sort, (rows, outputs), seed + 2)
+    return x, weight.view(groups, outputs, inputs) if groups else weight, gradient
+
+
+def ends_of(rows: int, groups: int, seed: int) -> list[int]:
+    """Sorted ends of groups, some empty, perhaps with rows past the last."""
+    generator = torch.Generator().manual_seed(seed)
+    return sorted(torch.randint(0, rows + 1, (groups,), generator=generator).tolist())
+
+
+def literal(a: Operand, b: Operand, chunk: int) -> np.ndarray:
+    """The definition in exact fractions: each chunk's sum rounded once, scaled twice, added up in fp32."""
+    a_RK, b_SK = values(a.codes, torch.float64).tolist(), values(b.codes, torch.float64).tolist()
+    found = np.zeros((len(a_RK), len(b_SK)), np.float32)
+    for i, left in enumerate(a_RK):
+        for j, right in enumerate(b_SK):
+            total = np.float32(0)
+            for number, start in enumerate(range(0, len(left), chunk)):
+                pairs = zip(left[start : start + chunk], right[start : start + chunk])
+                exact = sum((Fraction(p) * Fraction(q) for p, q in pairs), Fraction(0))
+                assert Fraction(float(exact)) == exact  # 43 bits suffice
+                s = a.scales[i // a.block[0] if a.block[0] else 0, number if a.block[1] else 0]
+                t = b.scales[j // b.block[0] if b.block[0] else 0, number if b.block[1] else 0]
+                total += np.float32(float(exact)) * np.float32(s) * np.float32(t)
+            found[i, j] = total
+    return found
+
+
+@settings(max_examples=15)
+@given(st.sampled_from(["block", "block-ue8m0", "tensor", "mx"]), SORTS, SEEDS, st.sampled_from([1, 128, 129, 300]))
+def test_emulation_equals_its_definition_in_exact_fractions(name: str, sort: str, seed: int, length: int) -> None:
+    recipe = RECIPES[name]
+    tile = (1, recipe.tile) if recipe.tile else (0, 0)
+    a = Operand(*quantise(content(sort, (3, length), seed), tile, E4M3, recipe.scales), tile)
+    b = Operand(*quantise(content(sort, (130, length), seed + 1), recipe.block, E4M3, recipe.scales), recipe.block)
+    picked = b._replace(codes=b.codes[126:], scales=_rows(b)[126:], block=(1, b.block[1]))
+    assert np.array_equal(product(a, b, recipe)[:, 126:].numpy(), literal(a, picked, recipe.chunk))
+
+
+def _rows(operand: Operand) -> Tensor:
+    return operand.scales.repeat_interleave(operand.block[0] or len(operand.codes), 0)
+
+
+def within(
+    found: Tensor, a: Tensor, b: Tensor, blocks: tuple[Block, Block], form: Narrow, recipe: Recipe, gradient: bool
+) -> None:
+    """That a b^T has been found within the declared bound."""
+    mass = magnitude(a, blocks[0], form, recipe) @ magnitude(b, blocks[1], recipe.weights, recipe).mT
+    bound = recipe.error_bound(a.shape[1], gradient) * mass
+    assert ((found.double() - a.double() @ b.double().mT).abs() <= bound).all()
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(sorted(RECIPES)), st.sampled_from([Emulated, Fast]), SHAPES, SORTS, SEEDS)
+def test_products_are_within_the_declared_bound(
+    name: str, kind: type[Emulated], shape: tuple[int, int, int], sort: str, seed: int
+) -> None:
+    recipe = RECIPES[name]
+    x, weight, gradient = drawn(shape, sort, seed)
+    products = kind(recipe)
+    held = products.held(weight)
+    row, column = ((1, recipe.tile), (1, recipe.tile)) if recipe.tile else ((0, 0), (0, 0))
+    back = recipe.block if recipe.anew else recipe.block[::-1]
+    y, to_x = products.output(x, held, None), products.to_input(gradient, held, None)
+    to_weight = products.to_weight(gradient, x, None)
+    if kind is Fast:  # its sums have a bound of their own, far below
+        recipe = _loose(recipe)
+    within(y, x, weight, (row, recipe.block), recipe.activations, recipe, False)
+    within(to_x, gradient, weight.mT, (row, back), recipe.gradients, recipe, True)
+    within(to_weight, gradient.mT, x.mT, (column, column), recipe.gradients, recipe, True)
+
+
+def _loose(recipe: Recipe) -> Recipe:
+    class Loose(Recipe):
+        def accumulation_error(self, inputs: int) -> float:
+            return self.fast_error(inputs)
+
+        def fast_error(self, inputs: int) -> float:
+            return recipe.fast_error(inputs)
+
+    return Loose(**{a: getattr(recipe, a) for a in ("tile", "block", "scales", "gradients", "chunk")})
+
+
+def apart(products: Fast, a: Tensor, b: Tensor, length: int) -> Tensor:
+    """How far the two may be: by their sums, and where bfloat16 units flush what is below 2^-126."""
+    units = a.double().abs() @ b.double().abs().mT
+    flushed = length * 2.0**-126 * (1 + a.abs().amax() + b.abs().amax()) if a.numel() and b.numel() else 0.0
+    return products.recipe.fast_error(length) * units + flushed
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(sorted(RECIPES)), SHAPES, SORTS, SEEDS)
+@example("block-ue8m0", (129, 128, 384), "wide", 0)
+def test_fast_is_the_emulation_but_for_fp32_sums(
+    name: str, shape: tuple[int, int, int], sort: str, seed: int
+) -> None:
+    recipe = RECIPES[name]
+    x, weight, gradient = drawn(shape, sort, seed)
+    slow, fast = Emulated(recipe), Fast(recipe)
+    held, own = slow.held(weight), fast.held(weight)
+    row, column = ((1, recipe.tile), (recipe.tile, 1)) if recipe.tile else ((0, 0), (0, 0))
+    matrix, back = fast.matrix(own), slow.matrix(held)
+    assert torch.equal(matrix, back)
+    if recipe.anew:
+        back = fast._weight(weight, recipe.block[::-1])
+    x_q = fast._rounded(x, row, recipe.activations)
+    g_q = fast._rounded(gradient, row, recipe.gradients)
+    x_t = fast._rounded(x, column, recipe.activations)
+    g_t = fast._rounded(gradient, column, recipe.gradients)
+    pairs = [
+        (fast.output(x, own, None), slow.output(x, held, None), x_q, matrix, shape[2]),
+        (fast.to_input(gradient, own, None), slow.to_input(gradient, held, None), g_q, back.mT, shape[1]),
+        (fast.to_weight(gradient, x, None), slow.to_weight(gradient, x, None), g_t.mT, x_t.mT, shape[0]),
+    ]
+    for found, expected, a, b, length in pairs:
+        assert ((found - expected).double().abs() <= apart(fast, a, b, length)).all()
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from(sorted(RECIPES)),
+    st.sampled_from([Emulated, Fast]),
+    st.integers(0, 300),
+    st.integers(1, 5),
+    SORTS,
+    SEEDS,
+)
+def test_groups_are_independent_and_rows_of_nobody_are_not_read(
+    name: str, kind: type[Emulated], rows: int, groups: int, sort: str, seed: int
+) -> None:
+    recipe = RECIPES[name]
+    x, weight, gradient = drawn((rows, 40, 72), sort, seed, groups)
+    ends = ends_of(rows, groups, seed)
+    x[ends[-1] :], gradient[ends[-1] :] = torch.nan, torch.nan
+    products = kind(recipe)
+    held = products.held(weight)
+    y, to_x = products.output(x, held, ends), products.to_input(gradient, held, ends)
+    to_weight = products.to_weight(gradient, x, ends)
+    assert not y[ends[-1] :].any()
+    assert not to_x[ends[-1] :].any()
+    for group, (start, stop) in enumerate(zip([0, *ends], ends)):
+        own = products.held(weight[group])
+        for found, expected in (
+            (y[start:stop], products.output(x[start:stop], own, None)),
+            (to_x[start:stop], products.to_input(gradient[start:stop], own, None)),
+            (to_weight[group], products.to_weight(gradient[start:stop], x[start:stop], None)),
+        ):
+            assert torch.equal(found, expected)
+        if start == stop:
+            assert not to_weight[group].any()
+
+
+def test_promoted_sums_differ_from_a_plain_product_where_fp32_has_no_room() -> None:
+    # The first chunk is 128 x 448 x 448, where neighbours in fp32 stand 2 apart: what the others add, 49 / 64 each, is
+    # lost one by one, and kept where nothing is rounded until the end. All scales are powers of two.
+    a = torch.zeros(1, 5 * 128)
+    a[0, :128], a[0, 128::128] = 448, 0.875
+    promoted, plain = (Emulated(FP8Block(promotion=each).recipe) for each in (128, 0))
+    first = 128 * 448 * 448
+    assert plain.output(a, plain.held(a), None).item() == first + 4  # 4 x 49 / 64 = 3.0625, to the nearest even
+    assert promoted.output(a, promoted.held(a), None).item() == first
+
+
+@given(st.floats(-1e30, 1e30, allow_subnormal=False), st.integers(2, 24))
+@example(0.0, 14)
+def test_truncation_keeps_the_leading_bits_and_never_grows(x: float, bits: int) -> None:
+    found = truncated(torch.tensor([x], dtype=torch.float64), bits).item()
+    assert abs(found) <= abs(x)
+    assert abs(x - found) <= 2.0 ** -(bits - 1) * abs(x)
+    assert _odd(Fraction(found).numerator).bit_length() <= bits
+
+
+def _odd(number: int) -> int:
+    number = abs(number)
+    return number // max(number & -number, 1)
+
+
+@pytest.mark.parametrize("bits", [24, 14])
+@pytest.mark.parametrize("promotion", [128, 0])
+def test_error_of_sums_grows_with_the_reduction_as_declared(bits: int, promotion: int) -> None:
+    """Against the exact sum of the same codes: of positive numbers, where truncation always takes away."""
+    recipe = FP8Tensor(promotion=promotion, accumulator_bits=bits).recipe
+    found = []
+    for length in (512, 2048, 8192):
+        generator = torch.Generator().manual_seed(length)
+        a, b = (torch.rand(8, length, generator=generator) + 0.5 for _ in range(2))
+        left, right = (Operand(*quantise(each, (0, 0), E4M3, "float32"), (0, 0)) for each in (a, b))
+        exact = values(left.codes, torch.float64) @ values(right.codes, torch.float64).mT
+        exact = exact * left.scales.double() * right.scales.double()
+        relative = ((product(left, right, recipe).double() - exact) / exact).abs().max().item()
+        assert relative <= recipe.accumulation_error(length)
+        found.append(relative)
+    if bits == 14 and promotion == 0:
+        # Each of K / 32 truncations takes half a unit in 2^13 to 2^14 of the sum so far, which is in the mean half of
+        # the last: the loss is between 1 / 4 of K / 32 2^-14 and as much again.
+        for length, relative in zip((512, 2048, 8192), found, strict=True):
+            assert length / 32 * 2**-16 < relative < length / 32 * 2**-14
+    elif bits == 14:
+        assert max(found) < 4 * 2**-13  # four truncations a chunk, whatever the length
+    else:
+        assert max(found) < 2**-20
+
+
+def test_narrow_sums_without_promotion_err_more_than_with() -> None:
+    x, weight, _ = drawn((8, 8, 4096), "even", 0)
+    exact = None
+    errors = []
+    for promotion in (128, 0):
+        products = Emulated(FP8Block(promotion=promotion, accumulator_bits=14).recipe)
+        whole = Emulated(FP8Block(promotion=0).recipe)
+        exact = whole.output(x, whole.held(weight), None)
+        errors.append((products.output(x, products.held(weight), None) - exact).square().mean().sqrt().item())
+    assert errors[1] > 2 * errors[0]
+
+
+@pytest.mark.parametrize("before", ["bf16", "ieee"])
+def test_setting_of_products_is_that_of_the_recipe_within_and_the_users_after(before: str) -> None:
+    setting = torch.backends.mkldnn.matmul
+    kept = setting.fp32_precision
+    try:
+        setting.fp32_precision = before
+        for name, expected in (("block", "ieee"), ("block-ue8m0", "bf16"), ("mx", "bf16")):
+            with multiplied(RECIPES[name], torch.device("cpu")):
+                assert setting.fp32_precision == expected
+            assert setting.fp32_precision == before
+        with pytest.raises(KeyError), multiplied(RECIPES["mx"], torch.device("cpu")):
+            raise KeyError
+        assert setting.fp32_precision == before
+    finally:
+        setting.fp32_precision = kept
+
+
+def test_stored_codes_with_any_scales_are_not_multiplied_in_bfloat16() -> None:
+    recipe = RECIPES["block-ue8m0"]
+    assert recipe.exact_scales
+    assert not recipe.of_stored().exact_scales
