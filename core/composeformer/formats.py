@@ -57,6 +57,11 @@ class CodecConfig(Protocol):
     def stored(self, weight: Weight) -> tuple[Weight, ...]:
         """The tensors that hold `weight`: its codes under its own name, then others (scales), none of them trains."""
 
+    def cut(self, dim: int, start: int, stop: int) -> tuple[tuple[int, int], ...]:
+        """Where to cut what holds a weight so that it holds [start, stop) of dimension -2 or -1, from and to, along the
+        same dimension of each tensor. Codes may begin before `start`, at the edge of a block.
+        """
+
 
 BITS: dict[str, int] = {
     "float64": 64,

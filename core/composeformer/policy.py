@@ -74,5 +74,10 @@ class Codec(Protocol):
     def encode(self, value: Float[Tensor, "*E O I"]) -> tuple[Tensor, ...]:
         """The tensors that hold a value, codes first, in the order of the config's `stored`."""
 
-    def decode(self, parts: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Float[Tensor, "*E O I"]:
-        """The value that they hold."""
+    def decode(
+        self, parts: Sequence[Tensor], dtype: torch.dtype = torch.float32, rows: slice | None = None
+    ) -> Float[Tensor, "*E O I"]:
+        """The value that they hold, or some of its rows."""
+
+    def wrong(self, place: int, part: Tensor) -> str | None:
+        """What is wrong with numbers that a file has at this place of `stored`: what no encoder writes; None: nothing."""

@@ -60,6 +60,7 @@ class Formats:
         self.plan = plan
         self._registry = registry
         self.rules: Sequence[Rule] = getattr(policy.config, "rules", ())
+        self._codecs: dict[str, Any] = {}
 
     @property
     def activations(self) -> str:
@@ -134,10 +135,13 @@ class Formats:
     def codec(self, form: Format) -> Any:
         """The config of a format's codec, with its defaults."""
         kind = str(form.codec)
-        if kind not in self._registry.kinds("codec"):
-            raise PluginError(f"the precision {self.policy.kind} stores by a codec {kind!r}, which no plugin brings")
-        component: Any = self._registry.get("codec", kind)
-        return component.config()
+        if kind not in self._codecs:
+            if kind not in self._registry.kinds("codec"):
+                told = f"stores by a codec {kind!r}, which no plugin brings"
+                raise PluginError(f"the precision {self.policy.kind} {told}")
+            component: Any = self._registry.get("codec", kind)
+            self._codecs[kind] = component.config()
+        return self._codecs[kind]
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the rules: one that names nothing, or has rules of its own."""

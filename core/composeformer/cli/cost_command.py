@@ -17,18 +17,19 @@ from composeformer.cli.options import SPEC, SPEC_HELP, big, console, json_option
 )
 @json_option
 def command(spec: str, settings: tuple[str, ...], context: int | None, as_json: bool) -> None:
-    from composeformer.costs import cost
+    from composeformer.costs import checkpoint, cost
     from composeformer.spec import Spec
 
-    counts = cost(Spec.load(spec, settings), context=context)
+    loaded = Spec.load(spec, settings)
+    counts, folder = cost(loaded, context=context), checkpoint(loaded)
     if as_json:
-        print_json(counts.to_dict())
+        print_json({**counts.to_dict(), "checkpoint": folder.to_dict()})
     else:
-        console().print(cost_table(counts))
+        console().print(cost_table(counts, folder))
 
 
-def cost_table(counts: Any) -> Any:
-    """The counts as a rich table, every number with its definition."""
+def cost_table(counts: Any, folder: Any = None) -> Any:
+    """The counts as a rich table, every number with its definition; with those of its `folder` where given."""
     from rich.table import Table
 
     table = Table(title=f"{counts.name}: cost", title_justify="left", show_header=False)
@@ -56,6 +57,12 @@ def cost_table(counts: Any) -> Any:
     table.add_row("", big(flops.training), "training: three forwards")
     if counts.predictor:
         table.add_row("", big(flops.training_with_predictor), "training, the predictor included")
+    if folder is not None:
+        named = "its own" if folder.dialect == "native" else folder.dialect
+        told = f"{folder.tensors:,} tensors by {named} names, copies and scales included"
+        table.add_row("folder", f"{folder.bytes:,} B", told)
+        for dtype, count in folder.by_dtype.items():
+            table.add_row(f"  {dtype}", f"{count:,}", f"{100 * count / folder.elements:.1f}% of elements")
     if counts.unverified:
         table.add_row(
             "unverified", str(len(counts.unverified)), "without a source: " + ", ".join(counts.unverified)

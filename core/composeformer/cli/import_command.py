@@ -13,9 +13,14 @@ from composeformer.cli.streams import visible
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="Write the model folder here."
 )
+@click.option(
+    "--weights",
+    type=click.Choice(["keep", "bfloat16", "float32"]),
+    help="What becomes of weights that are stored as codes (FP8): kept, or decoded to a dtype; bfloat16 by default.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
 @json_option
-def command(source: Path, output: Path, force: bool, as_json: bool) -> None:
+def command(source: Path, output: Path, weights: str | None, force: bool, as_json: bool) -> None:
     from composeformer.errors import FolderError
 
     if output.exists() and not force:
@@ -24,7 +29,7 @@ def command(source: Path, output: Path, force: bool, as_json: bool) -> None:
     from composeformer.store import import_model
 
     with progress("importing") as advance:
-        spec = import_model(source, output, replace=force, progress=advance)
+        spec = import_model(source, output, weights=weights, replace=force, progress=advance)
     total = cost(spec).total
     if as_json:
         print_json(

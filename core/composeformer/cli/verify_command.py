@@ -37,11 +37,11 @@ def _finite(_: click.Context, __: click.Parameter, value: float) -> float:
 @json_option
 def command(folder: Path, against: Path, tolerance: float, tokens: int, hashes: bool, as_json: bool) -> int:
     from composeformer.store import verify
-    from composeformer.store.loading import open_any
+    from composeformer.store.loading import like, open_any
 
     with progress("loading") as advance:
         ours = open_any(folder, check_hashes=hashes, progress=advance)
-        theirs = open_any(against, check_hashes=hashes, progress=advance)
+        theirs = open_any(against, weights=like(ours), check_hashes=hashes, progress=advance)
     verdict = verify(ours, theirs, tolerance=tolerance, tokens=tokens)
     if as_json:
         print_json(verdict.to_dict())

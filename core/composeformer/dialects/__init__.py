@@ -18,6 +18,9 @@ The same lines read and write. A file has these tables:
   A line whose `when` speaks of NAME holds in those layers.
 - `[[refuse]]`: `{ when, layer, why }`, what can not be together.
 - `tensors`: lines as `lines.TensorLine` describes them; sizes and numbers are expressions of names.
+
+How weights are stored as codes, and what `quantization_config` says of it, is no matter of a family: a file with a
+`codec` in place of a `model_type` tells it once for all of them (`coding`).
 """
 
 import logging
@@ -25,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from composeformer.dialects.coding import is_coding
 from composeformer.dialects.dialect import Dialect
 from composeformer.dialects.rules import Transfer
 from composeformer.errors import DialectError, nearest, one_of, show
@@ -46,7 +50,9 @@ def _loaded(plugins: Plugins) -> tuple[Dialect, ...]:
     dialects = []
     for file in plugins.dialect_files:
         try:
-            dialects.append(Dialect(file.read_text(encoding="utf-8"), file.name))
+            text = file.read_text(encoding="utf-8")
+            if not is_coding(text):
+                dialects.append(Dialect(text, file.name))
         except (DialectError, OSError, UnicodeDecodeError) as error:
             log.warning("dialect %s is left out: %s", file.name, error)
     return tuple(dialects)

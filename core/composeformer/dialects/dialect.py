@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from composeformer import lazy
-from composeformer.dialects import document, family, reading, rules, spellings, writing
+from composeformer.dialects import codings, document, family, reading, rules, spellings, writing
 from composeformer.dialects.rules import Transfer
 from composeformer.errors import DialectError, SpecError, one_of, show
 from composeformer.plugins import current
@@ -14,7 +14,7 @@ from composeformer.spec.fingerprint import meaning
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from composeformer.dialects.transfer import Weights
+    from composeformer.dialects.transfer import Lookup, Weights
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -47,11 +47,35 @@ class Dialect:
         """The spec document of a config. GGUF needs the `shapes` of the tensors beside it, and `get` for the
         one whose numbers say what no key does.
 
-        Raises DialectError with every field that is unknown, missing, or has a value that is not allowed.
+        Raises DialectError with every field that is unknown, missing, or has a value that is not allowed. How the
+        weights are stored is no matter of the architecture: `stated` tells it.
         """
         numbers = None if get is None else (lambda name: get(name).tolist())
-        values = reading.read(self.family, self._known(config), shapes or {}, numbers)
+        problems: list[str] = []
+        try:
+            self.stated(config)
+        except DialectError as error:
+            problems += error.lines
+        try:
+            values = reading.read(self.family, self._known(config), shapes or {}, numbers)
+        except DialectError as error:
+            problems += error.lines
+        if problems:
+            raise DialectError(*problems)
         return document.document(reading.tree(self.family, values), current().registry)
+
+    def stated(self, config: Mapping[str, Any]) -> codings.Stated | None:
+        """How a config says that weights are stored as codes; None: plainly.
+
+        Raises DialectError where no plugin knows of it.
+        """
+        found = config.get(codings.TABLE)
+        return None if found is None or self._own_table else codings.find(found)
+
+    @property
+    def _own_table(self) -> bool:
+        """Whether a line of the family reads the table that tells of codes."""
+        return self.source != "huggingface" or any(key.theirs == codings.TABLE for key in self.family.keys)
 
     def to_config(self, spec: Spec) -> dict[str, Any]:
         """The config that means the same as a spec, class defaults spelled out.
@@ -60,8 +84,10 @@ class Dialect:
         """
         if self.source != "huggingface":
             raise DialectError(f"{self.name}: {self.source} is read, not written")
-        written = spellings.unfold(writing.config(self.family, writing.values(self.family, spec)))
+        values = writing.values(self.family, spec)
+        written = spellings.unfold(writing.config(self.family, values))
         config = {"architectures": list(self.architectures[:1]), "model_type": self.model_type, **written}
+        config |= codings.config(spec, lambda: rules.expand(self.family, spec, values))
         try:
             again = Spec.from_dict(self.to_spec(config))
         except (DialectError, SpecError) as error:
@@ -72,8 +98,11 @@ class Dialect:
         return config
 
     def rules(self, spec: Spec) -> list[Transfer]:
-        """The tensor lines expanded for a spec. Raises DialectError for a spec that is not of this family."""
-        return rules.expand(self.family, spec, writing.values(self.family, spec))
+        """The tensor lines expanded for a spec, what its formats store beside codes included.
+
+        Raises DialectError for a spec that is not of this family, and for codes that a line can not move.
+        """
+        return codings.extended(rules.expand(self.family, spec, writing.values(self.family, spec)), spec)
 
     def read(self, spec: Spec, source: "Weights") -> "Iterator[tuple[str, Tensor]]":
         """Our tensors by name, loaded lazily, in the layout of the spec and the dtype of the source.
@@ -84,9 +113,12 @@ class Dialect:
         found: Iterator[tuple[str, Tensor]] = _transfer("read")(self.rules(spec), source, self.name)
         return found
 
-    def lookup(self, spec: Spec, source: "Weights") -> "Callable[[str], Tensor]":
-        """Our tensors by name, one at a time in any order. Raises DialectError as `read` does, all of it at once."""
-        found: Callable[[str], Tensor] = _transfer("lookup")(self.rules(spec), source, self.name)
+    def lookup(self, spec: Spec, source: "Weights") -> "Lookup":
+        """Our tensors by name, one at a time in any order, also by groups: `get(name, groups=(start, stop))`.
+
+        Raises DialectError as `read` does, all of it at once.
+        """
+        found: Lookup = _transfer("lookup")(self.rules(spec), source, self.name)
         return found
 
     def write(self, spec: Spec, get: "Callable[[str], Tensor]") -> "Iterator[tuple[str, Tensor]]":
@@ -101,6 +133,8 @@ class Dialect:
             del rest["general.architecture"]
             return {k: spellings.decimal(v) if isinstance(v, float) else v for k, v in rest.items()}
         rest.pop("model_type", None)
+        if not self._own_table:
+            rest.pop(codings.TABLE, None)
         stated = rest.pop("architectures", None) or list(self.architectures[:1])
         if not isinstance(stated, list) or any(each not in self.architectures for each in stated):
             allowed = one_of(self.architectures)

@@ -102,6 +102,15 @@ class Template:
         values = iter([hole.integer(names) for hole in self.holes])
         return _HOLE.sub(lambda _: str(next(values)), self.text)
 
+    def series(self, index: str, size: int, names: Mapping[str, object]) -> tuple[str, ...]:
+        """The names where `index` counts from 0. Large models have tens of thousands, so the rest is filled once."""
+        if any(index in hole.names and hole.text.strip() != index for hole in self.holes):
+            return tuple(self.fill({**names, index: i}) for i in range(size))
+        filled = ["" if index in hole.names else str(hole.integer(names)) for hole in self.holes]
+        values = iter(filled)
+        pieces = _HOLE.sub(lambda _: next(values) or "\0", self.text).split("\0")
+        return tuple(str(i).join(pieces) for i in range(size))
+
 
 def _allowed(node: ast.expr, text: str) -> None:
     match node:

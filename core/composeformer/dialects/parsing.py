@@ -22,7 +22,12 @@ TESTS = ("list", "first", "beyond", "every", "indices", "all_but", "all")
 _WORDS = {"true": True, "false": False}
 
 
-def key(theirs: str, table: object, where: str, shape: bool = False) -> Key:
+OUR_HEADS = ("model", *LAYER_SLOTS, *END_SLOTS)
+
+
+def key(
+    theirs: str, table: object, where: str, shape: bool = False, heads: tuple[str, ...] = OUR_HEADS
+) -> Key:
     t = Table(table, where)
     ours = t.texts("ours")
     name = t.text("name") or (ours[0].rpartition(".")[2] if ours else None)
@@ -52,7 +57,7 @@ def key(theirs: str, table: object, where: str, shape: bool = False) -> Key:
     when = t.expression("when")
     t.done()
     for path in ours:
-        _check_path(path, t)
+        _check_path(path, t, heads)
     return Key(
         theirs=theirs,
         ours=ours,
@@ -262,8 +267,10 @@ def _literal(found: Any) -> object:
     return Expression(found[1:].strip()) if isinstance(found, str) and found.startswith("=") else found
 
 
-def _check_path(path: str, table: Table) -> None:
+def _check_path(path: str, table: Table, heads: tuple[str, ...] = OUR_HEADS) -> None:
     head, _, rest = path.partition(".")
-    if path != "num_layers" and not (rest and head in ("model", *LAYER_SLOTS, *END_SLOTS)):
-        starts = one_of(f"{slot}." for slot in ("model", *LAYER_SLOTS, *END_SLOTS))
-        table.fail(f"{show(path)} is no path of ours; it is num_layers, or begins with one of {starts}")
+    whole = heads == OUR_HEADS and path == "num_layers"
+    if not whole and not (rest and head in heads):
+        starts = one_of(f"{slot}." for slot in heads)
+        also = "it is num_layers, or begins" if heads == OUR_HEADS else "it begins"
+        table.fail(f"{show(path)} is no path of ours; {also} with one of {starts}")

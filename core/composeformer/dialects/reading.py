@@ -68,14 +68,14 @@ def read(
     for name, found in config.items():
         if name not in known and not (families and name.startswith(families)):
             refusal = f"{family.name} does not know this field, and it could change the model"
-            problems.append(f"{name} = {show(found)}: {refusal}{_hint(name, known)}")
+            problems.append(f"{name} = {show(found)}: {refusal}{hint(name, known)}")
     values = Values(names=dict.fromkeys(family.names))
     late = []
     for key in family.keys:
         if family.by_layer(key):
             late.append(key)
         else:
-            _take(key, config, shapes, values, problems)
+            take(key, config, shapes, values, problems)
     count = values.names["num_layers"]
     if type(count) is not int or not 1 <= count <= MAX_LAYERS:
         owner = next(key.theirs for key in family.keys if key.name == "num_layers")
@@ -90,7 +90,7 @@ def read(
         for key in late:
             # Where no layer has it, it says nothing.
             if values.layers(key.when):
-                _take(attrs.evolve(key, when=None), config, shapes, values, problems)
+                take(attrs.evolve(key, when=None), config, shapes, values, problems)
     if not problems and shapes:
         _check_stored(family, shapes, values)
     if not problems:
@@ -144,7 +144,7 @@ def _factors(
     return factors.fields(get(factors.theirs), theta)
 
 
-def _hint(name: str, known: Iterable[str]) -> str:
+def hint(name: str, known: Iterable[str]) -> str:
     """The key that was meant, among those of the same table."""
     table, dot, key = name.rpartition(".")
     beside = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == table]
@@ -152,7 +152,7 @@ def _hint(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {table + dot + near!r}?" if near else ""
 
 
-def _take(
+def take(
     key: Key,
     config: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],

@@ -46,6 +46,14 @@ class Side:
             name: shape[drop:] for part, shape in zip(self.parts, self.shapes, strict=True) for name in part
         }
 
+    def groups(self, start: int, stop: int) -> "Side":
+        """The same of groups [start, stop) alone, dimension 0 of the joined tensor, which is not what joins it."""
+        return attrs.evolve(
+            self,
+            parts=tuple(part[start:stop] if self.stacked else part for part in self.parts),
+            shapes=tuple((stop - start, *shape[1:]) for shape in self.shapes),
+        )
+
     def joined(self) -> Shape:
         first = list(self.shapes[0])
         first[self.axis] = sum(shape[self.axis] for shape in self.shapes)
@@ -58,6 +66,7 @@ class Transfer:
 
     `move`: reading joins theirs, reshapes to `view`, permutes, reshapes to ours joined. `same`: theirs equal
     the tensor `same_as`, and are written only if `copy`. `drop`: theirs are not read, for the `reason` given.
+    `dtype` is what they must have where they hold codes, or what belongs to codes.
     """
 
     kind: Literal["move", "same", "drop"]
@@ -68,6 +77,19 @@ class Transfer:
     same_as: str | None = None
     copy: bool = False
     reason: str = ""
+    dtype: str | None = None
+
+    @property
+    def reorders(self) -> bool:
+        """Whether elements change their order."""
+        return self.view is not None or self.permute is not None
+
+    @property
+    def by_groups(self) -> bool:
+        """Whether the groups of a stack, dimension 0 on both sides, can be read and written one by one."""
+        sides = (self.theirs,) if self.ours is None else (self.theirs, self.ours)
+        apart = all(len(side.joined()) > 2 and (side.axis != 0 or len(side.parts) == 1) for side in sides)
+        return apart and not self.reorders and len({side.joined() for side in sides}) == 1
 
 
 def expand(family: Family, spec: "Spec", values: Values) -> list[Transfer]:
@@ -152,7 +174,7 @@ def _indexed(
     index, size = line.stack[0], line.stack[1].integer(names)
     if size > MAX_TENSORS:
         raise DialectError(_too_many(line.label))
-    return tuple(template.fill({**names, index: i}) for i in range(size)), True
+    return template.series(index, size, names), True
 
 
 def _ours(line: TensorLine, names: Mapping[str, object], plan: Mapping[str, Shape]) -> Side:

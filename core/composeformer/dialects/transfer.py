@@ -1,10 +1,12 @@
 """Tensors moved between their names and ours, one transfer at a time, by moving bytes only.
 
 Reading accounts for every tensor before it moves the first: what is missing, unexpected or mis-shaped is told
-in one error.
+in one error. Of a stack, groups (experts) can be read and written alone, so that a process reads its own, and no
+more than one is held.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,13 +15,38 @@ from torch import Tensor
 from composeformer.dialects.rules import Side, Transfer, cut
 from composeformer.errors import DialectError
 
+Groups = tuple[int, int]
+
 
 class Weights(Protocol):
-    """Where tensors are read from: `names()` maps each to something with a `shape`; `get` loads one."""
+    """Where tensors are read from: `names()` maps each to something with a `shape`; `get` loads one.
+
+    A source may have `get_slice(name)`, a view to index like a tensor, which reads only the part asked for.
+    """
 
     def names(self) -> Mapping[str, Any]: ...
 
     def get(self, name: str, /) -> Tensor: ...
+
+
+class Lookup:
+    """Our tensors by name: `get(name)`, or `get(name, groups=(start, stop))` of a stack's dimension 0."""
+
+    def __init__(self, find: Callable[[str, Groups | None], Tensor]) -> None:
+        self._find = find
+
+    def __call__(self, name: str, groups: Groups | None = None) -> Tensor:
+        return self._find(name, groups)
+
+
+def taken(source: Weights, name: str, groups: Groups | None = None) -> Tensor:
+    """A tensor of a source, or some of its groups; nothing else is read where the source can slice."""
+    if groups is None:
+        return source.get(name)
+    sliced = getattr(source, "get_slice", None)
+    whole: Any = source.get(name) if sliced is None else sliced(name)
+    found: Tensor = whole[slice(*groups)]
+    return found
 
 
 def read(transfers: Sequence[Transfer], source: Weights, label: str) -> Iterator[tuple[str, Tensor]]:
@@ -28,7 +55,7 @@ def read(transfers: Sequence[Transfer], source: Weights, label: str) -> Iterator
     return _read(transfers, source)
 
 
-def lookup(transfers: Sequence[Transfer], source: Weights, label: str) -> Callable[[str], Tensor]:
+def lookup(transfers: Sequence[Transfer], source: Weights, label: str) -> Lookup:
     """Our tensors one at a time in any order, at most one transfer in memory. Raises DialectError as `read` does."""
     account(transfers, {name: tuple(info.shape) for name, info in source.names().items()}, label)
     owners = {name: t for t in transfers if t.ours is not None for name in t.ours.names}
@@ -37,29 +64,45 @@ def lookup(transfers: Sequence[Transfer], source: Weights, label: str) -> Callab
         pass
     held: dict[str, Tensor] = {}
 
-    def get(name: str) -> Tensor:
+    def get(name: str, groups: Groups | None) -> Tensor:
+        owner = owners[name]
+        if groups is not None:
+            if owner.by_groups:
+                return dict(_moved(owner, source, groups))[name]
+            return get(name, None)[slice(*groups)]
         if name not in held:
             held.clear()
-            held.update(_read([owners[name]], source))
+            held.update(_moved(owner, source))
         return held.pop(name)
 
-    return get
+    return Lookup(get)
 
 
 def _read(transfers: Sequence[Transfer], source: Weights) -> Iterator[tuple[str, Tensor]]:
     present = source.names()
     for transfer in transfers:
         if transfer.ours is not None:
-            joined = _joined(transfer.theirs, source.get)
-            yield from _parted(transfer.ours, _turned(transfer, joined).reshape(transfer.ours.joined()))
+            yield from _moved(transfer, source)
         elif transfer.same_as is not None:
             for name in transfer.theirs.names:
                 if name in present and not _equal(source.get(name), source.get(transfer.same_as)):
                     raise DialectError(f"{name}: must equal {transfer.same_as} in this model, but differs")
 
 
+def _moved(transfer: Transfer, source: Weights, groups: Groups | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors of one transfer, or some of their groups."""
+    assert transfer.ours is not None
+    theirs, ours = transfer.theirs, transfer.ours
+    # The parts of a stack are groups themselves.
+    inner = None if theirs.stacked else groups
+    if groups is not None:
+        theirs, ours = theirs.groups(*groups), ours.groups(*groups)
+    joined = _joined(theirs, lambda name: taken(source, name, inner))
+    return _parted(ours, _turned(transfer, joined).reshape(ours.joined()))
+
+
 def write(transfers: Sequence[Transfer], get: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Their tensors by name, made one transfer at a time from ours."""
+    """Their tensors by name, made one transfer at a time from ours; from a `Lookup` one group at a time."""
     written: dict[str, Transfer] = {name: t for t in transfers if t.kind == "move" for name in t.theirs.names}
     for transfer in transfers:
         if transfer.kind == "move":
@@ -89,8 +132,15 @@ def account(transfers: Sequence[Transfer], found: Mapping[str, tuple[int, ...]],
 
 def _written(transfer: Transfer, get: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
     assert transfer.ours is not None
-    joined = _joined(transfer.ours, get)
-    return _parted(transfer.theirs, _returned(transfer, joined).reshape(transfer.theirs.joined()))
+    if isinstance(get, Lookup) and transfer.theirs.stacked and transfer.by_groups:
+        for index in range(transfer.theirs.joined()[0]):
+            theirs, ours = (side.groups(index, index + 1) for side in (transfer.theirs, transfer.ours))
+            # The group of a stack, or what is a group itself.
+            one = get if ours.stacked else partial(get, groups=(index, index + 1))
+            yield from _parted(theirs, _joined(ours, one))
+    else:
+        joined = _joined(transfer.ours, get)
+        yield from _parted(transfer.theirs, _returned(transfer, joined).reshape(transfer.theirs.joined()))
 
 
 def _turned(transfer: Transfer, x: Tensor) -> Tensor:
@@ -109,8 +159,23 @@ def _returned(transfer: Transfer, x: Tensor) -> Tensor:
 
 
 def _joined(side: Side, get: Callable[[str], Tensor]) -> Tensor:
-    parts = [torch.stack([*map(get, part)]) if side.stacked else get(part[0]) for part in side.parts]
+    parts = [_stack(part, get) if side.stacked else get(part[0]) for part in side.parts]
     return parts[0] if len(parts) == 1 else torch.cat(parts, side.axis)
+
+
+def _stack(names: Sequence[str], get: Callable[[str], Tensor]) -> Tensor:
+    """The stack of tensors, which are never all held beside it; in a dtype that holds each."""
+    first = get(names[0])
+    if len(names) == 1:
+        return first[None]
+    whole = first.new_empty(len(names), *first.shape)
+    whole[0] = first
+    for place, name in enumerate(names[1:], 1):
+        each = get(name)
+        if each.dtype != whole.dtype:
+            whole = whole.to(torch.promote_types(each.dtype, whole.dtype))
+        whole[place] = each
+    return whole
 
 
 def _parted(side: Side, x: Tensor) -> Iterator[tuple[str, Tensor]]:

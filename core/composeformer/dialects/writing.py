@@ -80,7 +80,7 @@ def config(family: Family, made: Values) -> dict[str, Any]:
                 written[key.theirs] = None
             continue
         try:
-            value = _foreign(key, made)
+            value = foreign(key, made)
         except DialectError as error:
             reasons.extend(error.lines)
             continue
@@ -96,7 +96,7 @@ def config(family: Family, made: Values) -> dict[str, Any]:
     return written
 
 
-def _foreign(key: Key, made: Values) -> object:
+def foreign(key: Key, made: Values) -> object:
     """The value that a key has, UNSET where it is better left out."""
     if not key.ours:
         return made.names[str(key.name)] if key.choices else _evaluated(key.require, made)
@@ -107,11 +107,11 @@ def _foreign(key: Key, made: Values) -> object:
         if key.null != "absent":
             raise DialectError(f"{key.ours[0]} has no value, and {key.theirs} needs one")
         return UNSET if key.default is UNSET else None
+    if key.values is not None:
+        value = next(theirs for theirs, ours in key.values.items() if ours == value)
     if key.write == "changed" and key.default is not UNSET and _evaluated(key.default, made) == value:
         return UNSET
-    if key.values is None:
-        return value
-    return next(theirs for theirs, ours in key.values.items() if ours == value)
+    return value
 
 
 def _evaluated(found: object, made: Values) -> object:

@@ -30,17 +30,25 @@ class WeightReader:
     Opening reads and checks every header, and maps the files; no weight is read. Raises FolderError if the
     folder or one of its files can not be trusted. Use it as a context manager, or `close` it; tensors already
     handed out stay valid.
+
+    Pages of a mapped file stay in memory once they are read. With `one_file` only the file that was asked for last
+    stays mapped (and those of tensors still held), so that going through a folder needs no more memory than that.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, one_file: bool = False) -> None:
         self.folder = Path(folder)
+        self._one_file = one_file
+        self._closed = False
         self._handles: dict[str, Any] = {}
         found: dict[str, TensorInfo] = {}
         for path, entries in locate(self.folder).items():
             for name, entry in entries.items():
                 assert entry.format.dtype is not None, "read_header refuses formats that torch lacks"
                 found[name] = TensorInfo(entry.format.dtype, entry.shape, path.name)
-            self._handles[path.name] = _open(path)
+            # The library has checks of its own, so each file is opened now.
+            handle = _open(path)
+            if not one_file:
+                self._handles[path.name] = handle
         self._names = MappingProxyType(dict(sorted(found.items())))
 
     def names(self) -> Mapping[str, TensorInfo]:
@@ -61,6 +69,7 @@ class WeightReader:
 
     def close(self) -> None:
         """Lets the files go. Closing twice is fine."""
+        self._closed = True
         self._handles.clear()
 
     def __enter__(self) -> "WeightReader":
@@ -77,8 +86,11 @@ class WeightReader:
             near = nearest(name, self._names)
             hint = "" if near is None else f"; did you mean {near!r}?"
             raise FolderError(f"{self.folder}: holds no tensor {name!a}{hint}")
-        if info.file not in self._handles:
+        if self._closed:
             raise ValueError(f"{self.folder}: the reader is closed")
+        if info.file not in self._handles:
+            self._handles.clear()
+            self._handles[info.file] = _open(self.folder / info.file)
         return self._handles[info.file]
 
 

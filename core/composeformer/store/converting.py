@@ -8,13 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from composeformer.dialects import Dialect, expressing, find
-from composeformer.errors import DialectError, FolderError
+from composeformer.dialects.codings import TABLE
+from composeformer.dialects.codings import find as find_coding
+from composeformer.dialects.transfer import Lookup
+from composeformer.errors import DialectError, FolderError, InputError
 from composeformer.folder import WeightReader, new_folder, write_json, write_shards
 from composeformer.lazy import available
 from composeformer.spec import Spec
 from composeformer.spec.document import printable
 from composeformer.store.accounting import lookup, telling
-from composeformer.store.loading import as_stored, check_plain, describe, read_config, shapes
+from composeformer.store.loading import check_weights, describe, opened, read_config, shapes
 from composeformer.store.lock import NATIVE
 from composeformer.store.saving import SPEC_NAME, counted, write
 from composeformer.text import Tokenizer, copy_tokenizer
@@ -26,42 +29,49 @@ def import_model(
     source: "str | os.PathLike[str]",
     target: "str | os.PathLike[str]",
     *,
+    weights: str | None = None,
     replace: bool = False,
     max_shard_bytes: int = 5 * 2**30,
     progress: Progress = None,
 ) -> Spec:
     """Writes a model folder from a Hugging Face folder or a GGUF file; returns its spec.
 
-    Tensors keep the dtype in which the source stores them; GGUF blocks are dequantised to float32. Raises
+    Tensors keep the dtype in which the source stores them. `weights` says what becomes of those that it stores as
+    codes: `keep` codes and scales as they are, or decode them to `bfloat16` (the default) or `float32`; GGUF blocks
+    are always decoded to float32. Memory holds one shard that is read, one that is written, and a tensor. Raises
     DialectError where no dialect reads the source, FolderError where it is damaged.
     """
     path = Path(source)
+    check_weights(weights)
     check_apart(path, Path(target))
     if path.is_dir():
-        return _from_folder(path, target, replace, max_shard_bytes, progress)
+        return _from_folder(path, target, weights, replace, max_shard_bytes, progress)
     if not path.exists():
         raise FolderError(f"{path}: no such file or folder")
+    if weights not in (None, "float32"):
+        raise InputError(f"weights = {weights}: blocks of GGUF are decoded to float32 only")
     return _from_gguf(path, target, replace, max_shard_bytes, progress)
 
 
-def _from_folder(root: Path, target: Any, replace: bool, max_shard_bytes: int, progress: Progress) -> Spec:
+def _from_folder(
+    root: Path, target: Any, weights: str | None, replace: bool, max_shard_bytes: int, progress: Progress
+) -> Spec:
     if (root / SPEC_NAME).exists():
         raise FolderError(f"{root}: is a model folder of composeformer already")
-    check_plain(root)
-    config = read_config(root)
-    with WeightReader(root) as reader:
-        with telling(root / "config.json"):
-            dialect = find(config)
-            document = dialect.to_spec(config, shapes(reader))
-        document.setdefault("name", _name(root.resolve().name))
-        spec = as_stored(Spec.from_dict(document, label=str(root / "config.json")), reader.names())
-        get = lookup(spec, dialect.name, reader, root)
+    with opened(root, weights, one_file=True) as found:
+        spec = found.spec
+        if "name" not in spec.document.data:
+            spec = spec.with_({"name": _name(root.resolve().name)})
+        get = lookup(spec, found.dialect, found.source, root)
+        config = read_config(root)
         carried = _carried(config)
+        if found.stated is not None:
+            carried[TABLE] = config[TABLE]
         return _write(
             spec,
             get,
             carried,
-            dialect.name,
+            found.dialect,
             target,
             lambda folder: tokenizer_from(root, folder, copy_tokenizer(root, folder)),
             replace,
@@ -97,7 +107,7 @@ def _from_gguf(path: Path, target: Any, replace: bool, max_shard_bytes: int, pro
 
 def _write(
     spec: Spec,
-    get: Callable[[str], Tensor],
+    get: Lookup,
     carried: Mapping[str, Any],
     family: str,
     target: Any,
@@ -112,12 +122,10 @@ def _write(
         found, config = expressing(spec, family)
     except DialectError:
         found, config = None, {}
-        named = ((name, get(name)) for name in spec.plan.tensors)
+        named = ((name, get(name)) for name in spec.formats.stored)
     else:
-        dtype = spec.singles["precision"]
         config = {**config, **carried}
-        if dtype is not None and hasattr(dtype.config, "dtype"):
-            config.setdefault("dtype", dtype.config.dtype)
+        config.setdefault("dtype", spec.formats.activations)
         named = found.write(spec, get)
     write(
         spec,
@@ -203,7 +211,9 @@ def export_model(
             **_carried(old),
             **{key: old[key] for key in ("dtype", "torch_dtype") if key in old},
         }
-    with WeightReader(root) as reader:
+        if TABLE in config and TABLE in old:
+            config[TABLE] = _as_worded(config[TABLE], old[TABLE])
+    with WeightReader(root, one_file=True) as reader:
         get = lookup(spec, dialect, reader, root)
         with new_folder(Path(target), replace=replace) as folder:
             copy_tokenizer(root, folder)
@@ -211,3 +221,12 @@ def export_model(
             write_shards(folder, named, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"})
             write_json(folder / "config.json", config)
     return found.name
+
+
+def _as_worded(table: Any, old: Any) -> Any:
+    """What is said of codes in the words of the source, where these mean the same."""
+    try:
+        same = find_coding(table).meaning == find_coding(old).meaning
+    except DialectError:
+        return table
+    return old if same else table

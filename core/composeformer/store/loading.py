@@ -1,24 +1,36 @@
 """A model folder, ours or Hugging Face's, becomes a built model: memory-mapped, straight to device and dtype."""
 
 import json
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 
 from composeformer.assemble import coded, fill, skeleton
 from composeformer.decoder import Model
 from composeformer.dialects import find
-from composeformer.errors import FolderError
+from composeformer.dialects.codings import TABLE, Stated, of_codec
+from composeformer.errors import FolderError, InputError, nearest, one_of, show
 from composeformer.folder import TensorInfo, WeightReader
 from composeformer.folder import check_manifest as check_files
 from composeformer.folder.paths import MANIFEST
 from composeformer.spec import Spec
 from composeformer.store.accounting import Tensors, read, telling
-from composeformer.store.lock import NAME, check_lock, read_lock
+from composeformer.store.decoding import Decoded, Held, found
+from composeformer.store.keeping import kept
+from composeformer.store.lock import NAME, NATIVE, check_lock, read_lock
 from composeformer.store.saving import SPEC_NAME
+from composeformer.tensors import DTYPES
+
+log = logging.getLogger(__name__)
+
+KEEP = "keep"
+WEIGHTS = (KEEP, "bfloat16", "float32")
 
 MAX_CONFIG_BYTES = 16_000_000
 
@@ -28,41 +40,118 @@ def load(
     *,
     device: str = "cpu",
     dtype: str | None = None,
+    weights: str | None = None,
     check_hashes: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """The model of a folder: one that `save` or `import_model` wrote, or a plain Hugging Face folder.
 
-    Every tensor is accounted for. Raises FolderError or DialectError, a line for each finding.
-    `check_hashes` reads all files against the manifest first.
+    Every tensor is accounted for. `weights` says what becomes of weights that are stored as codes: `keep` them, or
+    decode them to `bfloat16` or `float32`; by default a folder of ours is as its spec says, and a Hugging Face one is
+    decoded to `dtype`, or bfloat16. Raises FolderError or DialectError, a line for each finding. `check_hashes` reads
+    all files against the manifest first.
     """
     root = Path(folder)
-    spec, dialect = describe(root)
-    if (root / SPEC_NAME).exists() and (problems := check_files(root, hashes=check_hashes)):
-        raise FolderError(*problems)
-    model = skeleton(spec, device=device, dtype=dtype)
-    with WeightReader(root) as reader:
-        fill(model, coded(model.spec, read(spec, dialect, reader, root)), device, progress)
+    if weights is None and dtype is not None and not (root / SPEC_NAME).exists():
+        weights = "bfloat16" if dtype == "bfloat16" else "float32"
+    with opened(root, weights) as found:
+        if (root / SPEC_NAME).exists() and (problems := check_files(root, hashes=check_hashes)):
+            raise FolderError(*problems)
+        model = skeleton(found.spec, device=device, dtype=dtype)
+        values = read(model.spec, found.dialect, found.source, root)
+        fill(model, coded(model.spec, values), device, progress)
     model.folder = root
     return model
 
 
-def describe(root: Path) -> tuple[Spec, str]:
-    """The spec of a folder and the dialect of its tensor names, without reading a weight."""
+@attrs.frozen(kw_only=True)
+class Opened:
+    """A folder that is open: its spec, the dialect of its names, and its tensors as that spec wants them.
+
+    `stated` is what a plain folder's config says of codes, where they are kept.
+    """
+
+    spec: Spec
+    dialect: str
+    source: Tensors
+    stated: Stated | None = None
+
+
+@contextmanager
+def opened(root: Path, weights: str | None = None, *, one_file: bool = False) -> Iterator[Opened]:
+    """The folder while it is open. `weights` as in `load`, `one_file` as in `WeightReader`.
+
+    Raises FolderError or DialectError for what is no folder of a model, and for codes that can not be read.
+    """
+    check_weights(weights)
     if not root.is_dir():
         raise FolderError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}")
     if (root / SPEC_NAME).exists():
         spec, lock = Spec.load(root / SPEC_NAME), read_lock(root)
         check_lock(root, spec, lock)
-        return spec, lock["dialect"]
+        with WeightReader(root, one_file=one_file) as reader:
+            yield _ours(spec, lock["dialect"], reader, weights)
+        return
     check_plain(root)
     config = read_config(root)
-    with WeightReader(root) as reader:
-        with telling(root / "config.json"):
-            dialect = find(config)
-            document = dialect.to_spec(config, shapes(reader))
-        spec = Spec.from_dict(document, label=str(root / "config.json"))
-        return as_stored(spec, reader.names()), dialect.name
+    with WeightReader(root, one_file=one_file) as reader:
+        yield _theirs(config, reader, weights)
+
+
+def _ours(spec: Spec, dialect: str, reader: WeightReader, weights: str | None) -> Opened:
+    """A folder of ours, as its spec says or decoded."""
+    if weights in (None, KEEP) or not spec.formats.coded:
+        return Opened(spec=spec, dialect=dialect, source=reader)
+    formats = spec.formats
+    held: dict[str, Held] = {}
+    for name, parts in formats.coded.items():
+        kind = str(formats.tensors[name].codec)
+        if dialect == NATIVE:
+            held[name] = Held(kind, tuple(formats.stored[part] for part in parts))
+        elif kind not in {each.codec for each in held.values()}:
+            held |= found(reader, of_codec(kind))
+    source = Decoded(reader, held, DTYPES[str(weights)])
+    return Opened(spec=in_full(spec, str(weights)), dialect=dialect, source=source)
+
+
+def _theirs(config: Mapping[str, Any], reader: WeightReader, weights: str | None) -> Opened:
+    """A Hugging Face folder."""
+    root = reader.folder
+    with telling(root / "config.json"):
+        dialect = find(config)
+        document = dialect.to_spec(config, shapes(reader))
+        stated = dialect.stated(config)
+    spec = Spec.from_dict(document, label=str(root / "config.json"))
+    held = {} if stated is None else found(reader, stated.coding, stated)
+    if stated is not None and not held:
+        told = f"{TABLE} tells of {stated.coding.codes} codes, but no tensor is stored so; weights are read as they are"
+        log.warning("%s: %s", root / "config.json", told)
+    if stated is None or not held:
+        return Opened(spec=as_stored(spec, reader.names()), dialect=dialect.name, source=reader)
+    if weights == KEEP:
+        with telling(root):
+            kept_spec = kept(spec, dialect, stated, held, reader)
+        return Opened(spec=kept_spec, dialect=dialect.name, source=reader, stated=stated)
+    source = Decoded(reader, held, DTYPES[weights or "bfloat16"])
+    return Opened(spec=as_stored(spec, source.names()), dialect=dialect.name, source=source)
+
+
+def describe(root: Path, weights: str | None = None) -> tuple[Spec, str]:
+    """The spec of a folder and the dialect of its tensor names, without reading a weight."""
+    if (root / SPEC_NAME).exists() and weights is None:
+        spec, lock = Spec.load(root / SPEC_NAME), read_lock(root)
+        check_lock(root, spec, lock)
+        return spec, lock["dialect"]
+    with opened(root, weights) as found:
+        return found.spec, found.dialect
+
+
+def check_weights(weights: str | None) -> None:
+    """Raises InputError for a word that says nothing of what becomes of codes."""
+    if weights is not None and weights not in WEIGHTS:
+        near = nearest(weights, WEIGHTS)
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise InputError(f"weights = {show(weights)}: must be one of {one_of(WEIGHTS)}{hint}")
 
 
 def check_plain(root: Path) -> None:
@@ -95,7 +184,14 @@ def as_stored(spec: Spec, found: Mapping[str, TensorInfo]) -> Spec:
         or "precision" in spec.document.data
     ):
         return spec
-    return spec.with_(precision={"kind": spec.single("precision").kind, "dtype": name})
+    return in_full(spec, name)
+
+
+def in_full(spec: Spec, dtype: str) -> Spec:
+    """The spec with the default precision policy in this dtype."""
+    default = spec.registry.default("precision")
+    assert default is not None, "a spec without a default has a precision of its own, or is none"
+    return spec.with_({"precision": {"kind": default.kind, "dtype": dtype}})
 
 
 def shapes(source: Tensors) -> dict[str, tuple[int, ...]]:
@@ -119,16 +215,24 @@ def read_config(root: Path) -> dict[str, Any]:
     return config
 
 
+def like(model: Model) -> str:
+    """What becomes of another folder's codes where its model is compared with this one: what became of its own."""
+    if model.spec.formats.coded:
+        return KEEP
+    return "bfloat16" if model.activations == torch.bfloat16 else "float32"
+
+
 def open_any(
     path: "str | os.PathLike[str]",
     *,
+    weights: str | None = None,
     check_hashes: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
-    """The model of a folder, or of a GGUF file without writing a folder."""
+    """The model of a folder, or of a GGUF file without writing a folder. `weights` as in `load`."""
     where = Path(path)
     if where.is_dir() or not where.exists():
-        return load(where, check_hashes=check_hashes, progress=progress)
+        return load(where, weights=weights, check_hashes=check_hashes, progress=progress)
     from composeformer.gguf import open_gguf
 
     with open_gguf(where) as file:

@@ -1,0 +1,76 @@
+"""What a model's folder holds: elements, dtypes and bytes, counted from the spec without torch.
+
+Tensors are those that a dialect would write under the spec's precision: codes and their scales each counted, and
+copies of shared tensors where the family stores them again. A model that no dialect can say is counted under its own
+names, each shared tensor once. Bytes are the tensors' own, without file headers.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from math import prod
+
+import attrs
+
+from composeformer.dialects import Transfer, expressing
+from composeformer.errors import DialectError
+from composeformer.formats import BITS
+from composeformer.spec import Spec
+
+
+@attrs.frozen(kw_only=True)
+class Checkpoint:
+    """The tensors of a folder. `dialect` names them, `native` for the spec's own names; `by_dtype` counts elements."""
+
+    dialect: str
+    tensors: int
+    elements: int
+    bytes: int
+    by_dtype: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data for `--json`."""
+        return {**attrs.asdict(self), "by_dtype": dict(self.by_dtype)}
+
+
+def checkpoint(spec: "Spec | str") -> Checkpoint:
+    """The folder of a spec, its path or its shipped name. Raises ComposeError for a spec that is none."""
+    spec = Spec.load(spec)
+    try:
+        dialect, _ = expressing(spec)
+    except DialectError:
+        return _counted("native", ((weight.dtype, weight.elements, 1) for weight in spec.formats.stored.values()))
+    return _counted(dialect.name, _written(dialect.rules(spec), spec))
+
+
+def _written(transfers: list[Transfer], spec: Spec) -> Iterator[tuple[str | None, int, int]]:
+    """The dtype, elements and number of the tensors that each transfer writes."""
+    stored = spec.formats.stored
+    copies = [each for each in transfers if each.copy and each.same_as is not None]
+    shared = {each.same_as for each in copies}
+    moved: dict[str | None, tuple[str | None, int]] = {}
+    for each in transfers:
+        if each.ours is not None:
+            dtype = stored[each.ours.names[0]].dtype
+            count = sum(map(len, each.theirs.parts))
+            yield dtype, sum(map(prod, each.theirs.shapes)), count
+            if count == 1 and each.theirs.names[0] in shared:
+                moved[each.theirs.names[0]] = dtype, prod(each.theirs.shapes[0])
+    for each in copies:
+        dtype, elements = moved[each.same_as]
+        count = len(each.theirs.names)
+        yield dtype, elements * count, count
+
+
+def _counted(dialect: str, groups: Iterator[tuple[str | None, int, int]]) -> Checkpoint:
+    elements: Counter[str] = Counter()
+    tensors = 0
+    for dtype, size, count in groups:
+        elements[str(dtype)] += size
+        tensors += count
+    return Checkpoint(
+        dialect=dialect,
+        tensors=tensors,
+        elements=elements.total(),
+        bytes=sum(size * BITS[dtype] // 8 for dtype, size in elements.items()),
+        by_dtype=dict(sorted(elements.items())),
+    )
