@@ -37,3 +37,13 @@ class TilesCodec:
         codes, scales = parts if rows is None else (part[rows] for part in parts)
         wide = torch.promote_types(dtype, torch.float32)
         return dequantise(codes, scales, BLOCK, wide).to(dtype)
+
+    def wrong(self, place: int, part: Tensor) -> str | None:
+        """What no encoder writes: scales that are not finite and positive. `place` is that in `stored`."""
+        if place == 0 or not part.numel():
+            return None
+        bad = ~(part.isfinite() & (part > 0))
+        if not bool(bad.any()):
+            return None
+        index = tuple(int(i) for i in bad.nonzero()[0])
+        return f"a scale of {float(part[index])} at {index}, which must be finite and positive"

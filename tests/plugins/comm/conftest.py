@@ -4,6 +4,7 @@ Experts are linear maps, so that the same sums of absolute values bound every re
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,6 +19,12 @@ from composeformer.testing.ranks import on_ranks
 from composeformer_comm.config import Collective, Hierarchical, Local
 from composeformer_comm.local import LocalExchange
 from composeformer_comm.remote import RemoteExchange
+from composeformer_comm.wire import tiles
+
+# Imported once, before ranks are forked; the last by the first gradient that is asked for (1.5 s).
+for module in ("composeformer_comm.routes", "torch.fx.experimental.symbolic_shapes"):
+    import_module(module)
+tiles()
 
 EXPERTS = 8
 
