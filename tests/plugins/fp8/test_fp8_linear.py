@@ -1,0 +1,284 @@
+"""Linear maps of the scaled policies: gradients, groups, dtypes, recomputation, the matrix they multiply by."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from composeformer.contracts import Linear
+from composeformer.policy import PolicyLinear
+from composeformer_fp8.configs.mx import MXFP8
+from composeformer_fp8.configs.scaled import FP8Block, FP8Tensor, Scaled
+from composeformer_fp8.emulate import Emulated, Held
+from composeformer_fp8.linear import Scaled as ScaledLinear
+from composeformer_fp8.numbers import E4M3
+from composeformer_fp8.plain import High
+from composeformer_fp8.policy import Quick, Reference
+from composeformer_fp8.quantise import dequantise, quantise
+from composeformer_fp8.testing import content, magnitude
+
+CONFIGS: dict[str, Scaled] = {
+    "block": FP8Block(),
+    "block-ue8m0-e5m2": FP8Block(scales="ue8m0", gradients="e5m2"),
+    "tensor": FP8Tensor(),
+    "mx": MXFP8(),
+}
+POLICIES = {"reference": Reference, "fast": Quick}
+# An output is rounded to bfloat16 once.
+BF16 = 2.0**-8
+
+
+def made(
+    name: str,
+    policy: str,
+    inputs: int = 200,
+    outputs: int = 130,
+    groups: int | None = None,
+    bias: bool = False,
+    sensitive: bool = False,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """A map with random values."""
+    declared = Linear(
+        name="map", inputs=inputs, outputs=outputs, groups=groups, bias=bias, sensitive=sensitive
+    )
+    weight = nn.Parameter(content("even", declared.weight.shape, 0))
+    shift = nn.Parameter(content("even", (1, *declared.weights[1].shape), 1)[0]) if bias else None
+    return POLICIES[policy](CONFIGS[name]).linear("map", declared, weight, shift, dtype=dtype)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_are_those_of_float64_within_the_declared_bound(name: str, policy: str) -> None:
+    recipe = CONFIGS[name].recipe
+    linear = made(name, policy)
+    x = content("even", (300, 200), 2).bfloat16().requires_grad_()
+    weight = linear.weight.detach()
+    y = linear(x)
+    gradient = content("wide", (300, 130), 3).bfloat16()
+    y.backward(gradient)
+    row, column = ((1, recipe.tile), (1, recipe.tile)) if recipe.tile else ((0, 0), (0, 0))
+    turned = recipe.block if recipe.anew else recipe.block[::-1]
+    x64, g64, w64 = x.detach().double(), gradient.double(), weight.double()
+    cases = [
+        (y, x64 @ w64.mT, (x64, row, recipe.activations), (w64, recipe.block), 200, False, BF16),
+        (x.grad, g64 @ w64, (g64, row, recipe.gradients), (w64.mT, turned), 130, True, BF16),
+        (weight_gradient(linear), g64.mT @ x64, (g64.mT, column, recipe.gradients), (x64.mT, column), 300, True, 0.0),
+    ]
+    for found, exact, (a, a_block, form), (b, b_block), length, backward, rounding in cases:
+        mass = magnitude(a, a_block, form, recipe) @ magnitude(b, b_block, E4M3, recipe).mT
+        bound = recipe.error_bound(length, backward) + recipe.fast_error(length)
+        assert found is not None
+        assert ((found.double() - exact).abs() <= (bound + rounding * (1 + bound)) * mass).all()
+        # Rounding's errors are of either sign and add up like the terms themselves: some 4%, 6% with E5M2.
+        assert (found.double() - exact).norm() < 1.5 * recipe.typical_error(backward) * exact.norm()
+
+
+def weight_gradient(linear: nn.Module) -> Tensor:
+    found: Tensor = linear.weight.grad
+    assert found.dtype == torch.float32
+    return found
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_groups_are_maps_of_their_own_and_rows_of_nobody_are_poison(name: str, policy: str, bias: bool) -> None:
+    stack = made(name, policy, groups=4, bias=bias)
+    ends = torch.tensor([70, 70, 210, 290])
+    x = content("even", (300, 200), 2)
+    gradient = content("even", (300, 130), 3).bfloat16()
+    x[290:], gradient[290:] = torch.nan, torch.nan
+    x.requires_grad_()
+    y = stack(x, ends)
+    y.backward(gradient)
+    assert not y[290:].any()
+    assert x.grad is not None
+    assert not x.grad[290:].any()
+    for group, (start, stop) in enumerate(zip([0, *ends.tolist()], ends.tolist())):
+        own = made(name, policy, bias=bias)
+        with torch.no_grad():
+            own.weight.copy_(stack.weight[group])
+            if bias:
+                own.bias.copy_(stack.bias[group])
+        rows = x.detach()[start:stop].requires_grad_()
+        alone = own(rows)
+        alone.backward(gradient[start:stop])
+        assert torch.equal(y[start:stop], alone)
+        assert torch.equal(x.grad[start:stop], rows.grad)
+        assert torch.equal(stack.weight.grad[group], own.weight.grad)
+        if bias:
+            # Both add the same numbers in fp32, each in an order of its own.
+            most = 2 * (stop - start) * 2.0**-24 * gradient[start:stop].float().abs().sum(0)
+            assert ((stack.bias.grad[group] - own.bias.grad).abs() <= most).all()
+    assert not stack.weight.grad[1].any()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("groups", [None, 3])
+@pytest.mark.parametrize("name", ["block", "tensor", "mx"])
+def test_no_rows_give_no_outputs_and_zero_gradients(name: str, groups: int | None, policy: str) -> None:
+    linear = made(name, policy, groups=groups, bias=True)
+    x = torch.zeros(0, 200, requires_grad=True)
+    y = linear(x, None if groups is None else torch.zeros(groups, dtype=torch.int32))
+    y.sum().backward()
+    assert y.shape == (0, 130)
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+    assert not linear.weight.grad.any()
+    assert not linear.bias.grad.any()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_modes_without_gradients_compute_the_same(name: str, policy: str) -> None:
+    linear = made(name, policy, bias=True)
+    x = content("even", (6, 200), 5).view(2, 3, 200)
+    expected = linear(x).detach()
+    with torch.no_grad():
+        assert torch.equal(linear(x), expected)
+    with torch.inference_mode():
+        assert torch.equal(linear(x), expected)
+    assert expected.shape == (2, 3, 130)
+    assert expected.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_recomputation_gives_the_very_gradients(name: str, policy: str) -> None:
+    found = []
+    for again in (False, True):
+        linear = made(name, policy, groups=2)
+        x = content("even", (40, 200), 6).requires_grad_()
+        ends = torch.tensor([10, 35])
+        y = checkpoint(linear, x, ends, use_reentrant=False) if again else linear(x, ends)
+        y.float().square().sum().backward()
+        found.append((y.detach(), x.grad, linear.weight.grad))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+class Counted(Emulated):
+    """The emulation, with a list of the products it was asked for."""
+
+    def __init__(self, config: Scaled) -> None:
+        super().__init__(config.recipe)
+        self.asked: list[str] = []
+
+    def to_input(self, gradient: Tensor, held: Held, ends: list[int] | None) -> Tensor:
+        self.asked.append("input")
+        return super().to_input(gradient, held, ends)
+
+    def to_weight(self, gradient: Tensor, x: Tensor, ends: list[int] | None) -> Tensor:
+        self.asked.append("weight")
+        return super().to_weight(gradient, x, ends)
+
+
+@pytest.mark.parametrize("wanted", [("input",), ("weight",), ("input", "weight")])
+def test_only_gradients_that_are_needed_are_computed(wanted: tuple[str, ...]) -> None:
+    products = Counted(CONFIGS["block"])
+    weight = nn.Parameter(content("even", (8, 12), 0), requires_grad="weight" in wanted)
+    linear = ScaledLinear(weight, None, products, torch.bfloat16)
+    x = content("even", (5, 12), 1).requires_grad_("input" in wanted)
+    linear(x).sum().backward()
+    assert sorted(products.asked) == list(wanted)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("groups", [None, 2])
+def test_matrix_is_what_forward_multiplies_by(name: str, policy: str, groups: int | None) -> None:
+    """Unit rows are quantised exactly, so that the map gives the matrix itself; its master is another one."""
+    linear = made(name, policy, groups=groups, dtype=torch.float32)
+    assert isinstance(linear, PolicyLinear)
+    eye = torch.eye(200)
+    if groups is None:
+        used = linear(eye).mT
+    else:
+        used = linear(torch.cat([eye] * groups), torch.arange(1, groups + 1) * 200).view(groups, 200, -1).mT
+    matrix = linear.matrix()
+    # A one has the code 448 and the scale 1 / 448, whose product with another's code and scale is rounded twice.
+    assert ((used - matrix).abs() <= 2.0**-22 * matrix.abs()).all()
+    assert ((linear.weight - matrix).abs() > 2.0**-8 * matrix.abs()).float().mean() > 0.5
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**31), st.sampled_from(sorted(CONFIGS)))
+@settings(max_examples=20)
+def test_inputs_of_sign_alone_meet_the_matrix_and_no_other(rows: int, inputs: int, seed: int, name: str) -> None:
+    linear = made(name, "reference", inputs=inputs, outputs=7, dtype=torch.float32)
+    x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed)).sign()
+    x[x == 0] = 1
+    matrix = linear.matrix().detach().double()
+    recipe = CONFIGS[name].recipe
+    bound = (recipe.accumulation_error(inputs) + 2.0**-22) * matrix.abs().sum(1)
+    assert ((linear(x).double() - x.double() @ matrix.mT).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_matrix_passes_its_gradient_to_the_master_and_is_never_stale(name: str, policy: str) -> None:
+    linear = made(name, policy)
+    matrix = linear.matrix()
+    assert matrix.dtype == torch.float32
+    gradient = content("even", matrix.shape, 9)
+    matrix.backward(gradient)
+    assert torch.equal(linear.weight.grad, gradient)
+    with torch.no_grad():
+        linear.weight.mul_(3)
+    again = linear.matrix()
+    fresh = made(name, policy)
+    with torch.no_grad():
+        fresh.weight.mul_(3)
+    assert torch.equal(again, fresh.matrix())
+    assert not torch.equal(again, matrix)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("config", [FP8Block(), FP8Block(scales="ue8m0"), FP8Tensor()])
+@pytest.mark.parametrize("groups", [None, 3])
+def test_stored_codes_are_multiplied_as_they_are(policy: str, config: Scaled, groups: int | None) -> None:
+    declared = Linear(name="map", inputs=200, outputs=150, groups=groups)
+    # Scales that no encoder would give: requantising would lose them.
+    codes, scales = quantise(content("even", declared.weight.shape, 0), (128, 128), E4M3, "float32")
+    scales = scales * 1.37
+    value = dequantise(codes, scales, (128, 128))
+    buffers = nn.Buffer(codes), nn.Buffer(scales)
+    linear = POLICIES[policy](config).linear(
+        "map", declared, buffers[0], None, scales=buffers[1:], dtype=torch.float32
+    )
+    assert dict(linear.named_parameters()) == {}
+    assert [name for name, _ in linear.named_buffers()] == ["weight", "weight_scale_inv"]
+    assert torch.equal(linear.matrix(), value)
+    x = torch.eye(200).repeat(groups or 1, 1).requires_grad_()
+    ends = None if groups is None else torch.arange(1, groups + 1) * 200
+    y = linear(x, ends)
+    used = y.view(*value.shape[:-2], 200, 150).mT
+    assert ((used - value).abs() <= 2.0**-22 * value.abs()).all()
+    y.backward(torch.ones_like(y))
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("groups", [None, 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_sensitive_maps_are_float32(groups: int | None, bias: bool) -> None:
+    linear = made("block", "fast", inputs=9, outputs=7, groups=groups, bias=bias, sensitive=True)
+    assert isinstance(linear, High)
+    assert linear.dtype == torch.float32
+    x = content("even", (10, 9), 4).bfloat16()
+    ends = None if groups is None else torch.tensor([2, 2, 8])
+    y = linear(x, ends)
+    assert y.dtype == torch.float32
+    for row in range(10):
+        group = None if ends is None else int(torch.searchsorted(ends, torch.tensor(row), right=True))
+        if group == groups and groups is not None:
+            assert not y[row].any()
+            continue
+        weight = linear.weight if group is None else linear.weight[group]
+        exact = weight.double() @ x[row].double()
+        if bias:
+            exact = exact + (linear.bias if group is None else linear.bias[group]).double()
+        assert ((y[row] - exact).abs() <= 12 * 2.0**-24 * (weight.abs().double() @ x[row].abs().double() + 4)).all()
+    assert torch.equal(linear.matrix(), linear.weight)

@@ -1,0 +1,139 @@
+"""`int8`: the codec's rounding, products of integers and their bound, and that it refuses to train."""
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import composeformer as cf
+from composeformer.contracts import Linear, Weight
+from composeformer.errors import InputError
+from composeformer_fp8.configs.int8 import Int8, Rows
+from composeformer_fp8.int8 import FEW, Int8Policy, RowsCodec, packed
+from composeformer_fp8.testing import SIZES, content, tensors
+
+CODEC = RowsCodec(Rows())
+
+
+@settings(max_examples=50)
+@given(tensors())
+@example(torch.full((1, 3), 2.0**-130))
+def test_codes_are_the_nearest_integers_and_repeat(value: Tensor) -> None:
+    codes, scales = CODEC.encode(value)
+    assert (codes.dtype, scales.dtype) == (torch.int8, torch.bfloat16)
+    assert CODEC.wrong(0, codes) is None
+    assert CODEC.wrong(1, scales) is None
+    # The largest is 127 but for the scale's own rounding, a quarter at most; quotients are rounded to fp32 before.
+    error = (CODEC.decode((codes, scales), torch.float64) - value.double()).abs()
+    assert (error <= 0.5 * scales.double() * (1 + 2.0**-15)).all()
+    again = CODEC.encode(CODEC.decode((codes, scales)))
+    assert torch.equal(again[0], codes)
+    assert torch.equal(again[1], scales)
+
+
+@given(st.integers(1, 4), SIZES, SIZES, st.integers(0, 2**31), st.data())
+@settings(max_examples=20)
+def test_experts_and_rows_are_coded_alone(
+    groups: int, rows: int, columns: int, seed: int, data: st.DataObject
+) -> None:
+    value = content("wide", (groups * rows, columns), seed).view(groups, rows, columns)
+    parts = CODEC.encode(value)
+    declared = Rows().stored(Weight(name="w", shape=tuple(value.shape)))
+    assert [each.shape for each in declared] == [tuple(part.shape) for part in parts]
+    assert [each.name for each in declared] == ["w", "w_scale"]
+    start = data.draw(st.integers(0, rows))
+    stop = data.draw(st.integers(start, rows))
+    whole = CODEC.decode(parts)
+    assert torch.equal(CODEC.decode(parts, rows=slice(start, stop)), whole[:, start:stop])
+    for group in range(groups):
+        assert torch.equal(CODEC.encode(value[group])[0], parts[0][group])
+    for dim in (-2, -1):
+        last = value.shape[dim]
+        ranges = Rows().cut(dim, 0, last)
+        cut = [part.narrow(dim, a, b - a) for part, (a, b) in zip(parts, ranges, strict=True)]
+        assert torch.equal(CODEC.decode(cut), whole)
+
+
+def test_numbers_that_integers_can_not_hold_are_one_error() -> None:
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(InputError, match="NaN or infinity"):
+            CODEC.encode(torch.tensor([[1.0, bad]]))
+    assert CODEC.wrong(0, torch.tensor([[-128]], dtype=torch.int8)) is not None
+    for bad in (0.0, -1.0, torch.nan, torch.inf):
+        assert CODEC.wrong(1, torch.tensor([[bad]], dtype=torch.bfloat16)) is not None
+
+
+def made(inputs: int, outputs: int, groups: int | None = None, bias: bool = False) -> tuple[nn.Module, Tensor]:
+    """A map of integers, and the weight it was made from."""
+    declared = Linear(name="map", inputs=inputs, outputs=outputs, groups=groups, bias=bias)
+    value = content("even", declared.weight.shape, 0)
+    shift = nn.Parameter(content("even", (1, *declared.weights[1].shape), 1)[0]) if bias else None
+    codes, scales = (nn.Buffer(part) for part in CODEC.encode(value))
+    return Int8Policy(Int8()).linear("layers.0.map", declared, codes, shift, scales=(scales,)), value
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 20), SIZES, SIZES, st.booleans(), st.integers(0, 2**31))
+@example(1, 48, 7, False, 0)
+@example(FEW, 576, 129, False, 0)
+@example(FEW, 95, 64, False, 0)
+def test_product_is_within_its_bound_by_integers_or_without(
+    rows: int, inputs: int, outputs: int, bias: bool, seed: int
+) -> None:
+    linear, value = made(inputs, outputs, bias=bias)
+    x = content("even", (rows, inputs), seed).bfloat16()
+    with torch.inference_mode():
+        y = linear(x)
+    assert y.dtype == linear.dtype == torch.bfloat16
+    shift = linear.bias.double() if bias else torch.zeros(outputs, dtype=torch.float64)
+    exact = x.double() @ value.double().mT + shift
+    mass = x.double().abs().sum(1)[:, None] * value.double().abs().amax(1)
+    bound = Int8().error_bound(inputs) * mass
+    assert ((y.double() - exact).abs() <= bound + 2.0**-8 * (exact.abs() + bound)).all()
+    used = x.double() @ linear.matrix().double().mT + shift
+    # Against the matrix itself all that is left is fp32 sums and one rounding.
+    assert ((y.double() - used).abs() <= 2.0**-8 * used.abs() + (inputs + 4) * 2.0**-23 * (mass + shift.abs())).all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_groups_are_maps_of_their_own_and_rows_of_nobody_are_zeros(bias: bool) -> None:
+    stack, _ = made(96, 33, groups=3, bias=bias)
+    ends = torch.tensor([4, 4, 9])
+    x = content("even", (12, 96), 2).bfloat16()
+    x[9:] = torch.nan
+    y = stack(x, ends)
+    assert not y[9:].any()
+    for row in range(9):
+        group = 0 if row < 4 else 2
+        exact = stack.matrix()[group].double() @ x[row].double() + (stack.bias[group].double() if bias else 0)
+        assert ((y[row].double() - exact).abs() <= 2.0**-8 * exact.abs() + 2.0**-12).all()
+
+
+def test_integers_are_read_directly_for_few_rows_of_whole_vectors_alone() -> None:
+    weight = torch.zeros(8, 96, dtype=torch.int8)
+    assert packed(torch.zeros(FEW, 96), weight)
+    assert not packed(torch.zeros(FEW + 1, 96), weight)
+    assert not packed(torch.zeros(0, 96), weight)
+    assert not packed(torch.zeros(1, 95), weight[:, :95])
+
+
+def test_training_is_refused_in_one_line_and_inference_serves() -> None:
+    model = cf.build(cf.Spec.load("tiny-deepseek-v3").with_(precision={"kind": "int8"}), seed=0)
+    logits = model(torch.arange(6)[None]).logits
+    assert logits.isfinite().all()
+    with pytest.raises(InputError, match="int8 is for inference") as told:
+        logits.sum().backward()
+    assert len(told.value.lines) == 1
+    full = cf.build("tiny-deepseek-v3", seed=0)(torch.arange(6)[None]).logits
+    # Each of some twenty maps errs by at most 1 / 254 of its row's largest weight; together far below that sum.
+    assert (logits - full).norm() <= 20 / 254 * full.norm()
+
+
+def test_formats_are_integers_beside_bfloat16() -> None:
+    formats = cf.Spec.load("tiny-deepseek-v3").with_(precision={"kind": "int8"}).formats
+    stored = {name: weight.dtype for name, weight in formats.stored.items()}
+    assert stored["layers.1.ffn.up.weight"] == "int8"
+    assert stored["layers.1.ffn.up.weight_scale"] == "bfloat16"
+    assert stored["embedding.weight"] == "bfloat16"
+    assert stored["layers.1.ffn.router.bias"] == "float32"
