@@ -68,15 +68,23 @@ def tiles() -> Any:
 
 def as_bytes(value: Tensor) -> UInt8[Tensor, "N B"]:
     """The bytes of each row."""
-    return value.contiguous().view(torch.uint8)
+    return _dense(value).view(torch.uint8)
 
 
 def of_bytes(rows: UInt8[Tensor, "N B"], dtype: torch.dtype) -> Tensor:
     """Rows of `dtype` again. Columns of a wider parcel are copied: only then are they aligned."""
-    # One row or none counts as contiguous whatever its stride, which a view of another dtype still checks.
-    if rows.storage_offset() % dtype.itemsize or rows.stride(0) != rows.shape[1]:
+    if rows.storage_offset() % dtype.itemsize:
         rows = rows.clone(memory_format=torch.contiguous_format)
-    return rows.view(dtype)
+    return _dense(rows).view(dtype)
+
+
+def _dense(rows: Tensor) -> Tensor:
+    """Rows in one piece. One row or none counts as contiguous whatever its strides, which a view of another dtype
+    still looks at.
+    """
+    if rows.stride() == (rows.shape[1], 1):
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
 
 
 def pack(fields: Sequence[UInt8[Tensor, "N _"]]) -> UInt8[Tensor, "N B"]:
