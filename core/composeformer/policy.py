@@ -80,4 +80,4 @@ class Codec(Protocol):
         """The value that they hold, or some of its rows."""
 
     def wrong(self, place: int, part: Tensor) -> str | None:
-        """What is wrong with numbers that a file has at this place of `stored`: what no encoder writes; None: nothing."""
+        """What is wrong with numbers that a file has at this place of `stored`, None for what an encoder writes."""

@@ -1,6 +1,6 @@
 """What a source of weights is asked before it is believed, with errors that name the source."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from composeformer.dialects import load_all
-from composeformer.dialects.transfer import Groups, Lookup, taken
+from composeformer.dialects.transfer import Lookup, taken
 from composeformer.errors import DialectError, FolderError, one_of, show
 from composeformer.spec import Spec
-from composeformer.store.decoding import check, spelled
+from composeformer.store.decoding import Checked, spelled
 from composeformer.store.lock import NATIVE
 
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -41,10 +41,19 @@ def telling(where: Path) -> Iterator[None]:
         raise DialectError(*lines) from error
 
 
-def read(spec: Spec, dialect: str, source: Tensors, where: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every stored tensor of the spec by our names, from a source whose names are a dialect's."""
+def read(
+    spec: Spec,
+    dialect: str,
+    source: Tensors,
+    where: Path,
+    groups: Callable[[str], slice | None] = lambda name: None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Every stored tensor of the spec by our names, from a source whose names are a dialect's; of a stack the `groups`
+    that are asked for, None for all.
+    """
     get = lookup(spec, dialect, source, where)
-    return ((name, get(name)) for name in spec.formats.stored)
+    parts = ((name, groups(name)) for name in spec.formats.stored)
+    return ((name, get(name, None if part is None else (part.start, part.stop))) for name, part in parts)
 
 
 def lookup(spec: Spec, dialect: str, source: Tensors, where: Path) -> Lookup:
@@ -55,41 +64,27 @@ def lookup(spec: Spec, dialect: str, source: Tensors, where: Path) -> Lookup:
     FolderError or DialectError with a line for every tensor that is missing, unexpected, mis-shaped or of a dtype that
     holds no weights; later for scales that are none.
     """
-    if dialect == NATIVE:
-        wanted = {name: weight.dtype for name, weight in spec.formats.stored.items()}
-        codes = {part: wanted[part] for parts in spec.formats.coded.values() for part in parts}
-        _check_dtypes({name: codes.get(name) for name in wanted}, source, where)
-        _account(spec, source, where)
-        return _checked(spec, Lookup(lambda name, groups: taken(source, name, groups)), where)
-    known = {d.name: d for d in load_all()}
-    if dialect not in known:
-        raise FolderError(
-            f"{where}: tensors are named as by dialect {show(dialect)}; installed: {one_of(known)}"
-        )
-    with telling(where):
-        moved = [t for t in known[dialect].rules(spec) if t.ours is not None]
-        dtypes = {name: transfer.dtype for transfer in moved for name in transfer.theirs.names}
-        _check_dtypes(dtypes, source, where)
-        get = known[dialect].lookup(spec, source)
-    return _checked(spec, get, where)
-
-
-def _checked(spec: Spec, get: Lookup, where: Path) -> Lookup:
-    """The same, with what belongs to codes checked as it is read."""
     formats = spec.formats
     places = {
         part: (str(formats.tensors[name].codec), place)
         for name, parts in formats.coded.items()
         for place, part in enumerate(parts)
     }
-
-    def found(name: str, groups: Groups | None) -> Tensor:
-        tensor = get(name, groups)
-        if name in places:
-            check(*places[name], tensor, f"{where}: {name}")
-        return tensor
-
-    return Lookup(found) if places else get
+    if dialect == NATIVE:
+        _check_dtypes({name: w.dtype if name in places else None for name, w in formats.stored.items()}, source, where)
+        _account(spec, source, where)
+        checked = Checked(source, places, where)
+        return Lookup(lambda name, groups: taken(checked, name, groups))
+    known = {d.name: d for d in load_all()}
+    if dialect not in known:
+        raise FolderError(
+            f"{where}: tensors are named as by dialect {show(dialect)}; installed: {one_of(known)}"
+        )
+    with telling(where):
+        moved = [(t.theirs.names, t.ours.names[0], t.dtype) for t in known[dialect].rules(spec) if t.ours is not None]
+        _check_dtypes({name: dtype for names, _, dtype in moved for name in names}, source, where)
+        theirs = {name: places[ours] for names, ours, _ in moved if ours in places for name in names}
+        return known[dialect].lookup(spec, Checked(source, theirs, where) if theirs else source)
 
 
 def _account(spec: Spec, source: Tensors, where: Path) -> None:

@@ -5,8 +5,9 @@ folders, where some weights are codes and some are not, are the rule. All that d
 weight is read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +19,7 @@ from composeformer import lazy
 from composeformer.contracts import Component, Weight
 from composeformer.dialects.coding import Coding, Stated, codec
 from composeformer.dialects.rules import cut
+from composeformer.dialects.transfer import Weights, taken
 from composeformer.errors import FolderError
 from composeformer.folder import TensorInfo, WeightReader
 from composeformer.plugins import current
@@ -107,7 +109,7 @@ class Decoded:
 
     def get_slice(self, name: str) -> "Slice":
         """A view whose leading dimension can be sliced; only that part is read, and decoded."""
-        return Slice(self, name)
+        return Slice(lambda groups: self._decoded(name, groups))
 
     def cut(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """[start, stop) of dimension -2 or -1 of a matrix, as a shard of it reads them: no other block is touched.
@@ -147,14 +149,39 @@ class Decoded:
 
 
 class Slice:
-    """A tensor of a decoded folder, to be indexed by a slice of its leading dimension."""
+    """A tensor of a source, to be indexed by a slice of its leading dimension."""
 
-    def __init__(self, source: Decoded, name: str) -> None:
-        self._source = source
-        self._name = name
+    def __init__(self, take: Callable[[slice], Tensor]) -> None:
+        self._take = take
 
     def __getitem__(self, groups: slice) -> Tensor:
-        return self._source._decoded(self._name, groups)
+        return self._take(groups)
+
+
+class Checked:
+    """A source whose codes are kept: what belongs to them is checked as it is read, `places` say by which codec."""
+
+    def __init__(self, source: Weights, places: Mapping[str, tuple[str, int]], where: Path) -> None:
+        self._source = source
+        self._places = places
+        self._where = where
+
+    def names(self) -> Mapping[str, Any]:
+        """What the source holds."""
+        return self._source.names()
+
+    def get(self, name: str) -> Tensor:
+        """One tensor. Raises FolderError for numbers that belong to no codes."""
+        return self._fine(name, self._source.get(name))
+
+    def get_slice(self, name: str) -> Slice:
+        """A view whose leading dimension can be sliced."""
+        return Slice(lambda groups: self._fine(name, taken(self._source, name, (groups.start, groups.stop))))
+
+    def _fine(self, name: str, tensor: Tensor) -> Tensor:
+        if name in self._places:
+            check(*self._places[name], tensor, f"{self._where}: {name}")
+        return tensor
 
 
 def check(kind: str, place: int, tensor: Tensor, where: str) -> None:
@@ -181,4 +208,4 @@ def spelled(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-__all__ = ["Decoded", "Held", "check", "decoder", "found", "spelled"]
+__all__ = ["Checked", "Decoded", "Held", "check", "decoder", "found", "spelled"]
