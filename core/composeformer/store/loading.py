@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ def load(
     dtype: str | None = None,
     weights: str | None = None,
     check_hashes: bool = False,
+    overrides: Iterable[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """The model of a folder: one that `save` or `import_model` wrote, or a plain Hugging Face folder.
@@ -49,7 +50,8 @@ def load(
     Every tensor is accounted for. `weights` says what becomes of weights that are stored as codes: `keep` them, or
     decode them to `bfloat16` or `float32`; by default a folder of ours is as its spec says, and a Hugging Face one is
     decoded to `dtype`, or bfloat16. Raises FolderError or DialectError, a line for each finding. `check_hashes` reads
-    all files against the manifest first.
+    all files against the manifest first. `overrides` are settings of how it is run, such as `parallel.expert=2`. Over
+    several processes each reads the experts that it holds.
     """
     root = Path(folder)
     if weights is None and dtype is not None and not (root / SPEC_NAME).exists():
@@ -57,11 +59,20 @@ def load(
     with opened(root, weights) as found:
         if (root / SPEC_NAME).exists() and (problems := check_files(root, hashes=check_hashes)):
             raise FolderError(*problems)
-        model = skeleton(found.spec, device=device, dtype=dtype)
-        values = read(model.spec, found.dialect, found.source, root)
+        model = skeleton(run(found.spec, overrides), device=device, dtype=dtype)
+        values = read(model.spec, found.dialect, found.source, root, model.placement.groups)
         fill(model, coded(model.spec, values), device, progress)
     model.folder = root
     return model
+
+
+def run(spec: Spec, overrides: Iterable[str]) -> Spec:
+    """The spec run in another way. Raises InputError for settings that make it another model."""
+    found = spec.overridden(tuple(overrides))
+    if found.fingerprint != spec.fingerprint:
+        told = "these change the model; a folder's can only be run in another way (parallel, comm, precision, train)"
+        raise InputError(f"overrides = {one_of(overrides)}: {told}")
+    return found
 
 
 @attrs.frozen(kw_only=True)

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from composeformer.decoder import Model
 from composeformer.dialects import Dialect, expressing
+from composeformer.dialects.transfer import Lookup
 from composeformer.errors import DialectError, InputError
 from composeformer.folder import new_folder, write_json, write_manifest, write_shards, write_text
+from composeformer.parallel.gathering import Get, lead
 from composeformer.spec import Spec
 from composeformer.store.lock import NAME, NATIVE, lock_text
 
@@ -29,41 +31,33 @@ def save(
 ) -> str:
     """Writes a model to a folder, whole or not at all; returns the dialect of its tensor names, or `native`.
 
-    `tokenizer(folder)` may add tokenizer files before the folder appears. Raises FolderError where the
-    target is in the way.
+    `tokenizer(folder)` may add tokenizer files before the folder appears. Over several processes all call this, the
+    first writes what one process would, byte for byte, and all return when it is done. Raises FolderError where the
+    target is in the way, in every process.
     """
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if any(tensor.is_meta for tensor in state.values()):
         raise InputError("a model on the meta device has no values to save")
+    spec = model.spec
+    found: Dialect | None = None
+    config: Mapping[str, Any] = {}
     try:
-        found, config = expressing(model.spec)
+        found, config = expressing(spec)
     except DialectError:
-        return write(
-            model.spec,
-            None,
-            {},
-            state.items(),
-            target,
-            tokenizer,
-            replace,
-            max_shard_bytes,
-            progress,
-            _tensors(model),
-        )
-    config = {**config, "dtype": str(model.activations).removeprefix("torch.")}
-    tensors = found.write(model.spec, state.__getitem__)
-    return write(
-        model.spec,
-        found,
-        config,
-        tensors,
-        target,
-        tokenizer,
-        replace,
-        max_shard_bytes,
-        progress,
-        _tensors(model),
-    )
+        aliases = spec.formats.aliases
+    else:
+        config = {**config, "dtype": str(model.activations).removeprefix("torch.")}
+
+    def work(get: Get) -> None:
+        if found is None:
+            tensors: Iterable[tuple[str, Tensor]] = ((name, get(name)) for name in state if name not in aliases)
+        else:
+            tensors = found.write(spec, Lookup(get))
+        total = len(spec.plan.tensors)
+        write(spec, found, config, tensors, target, tokenizer, replace, max_shard_bytes, progress, total)
+
+    lead(model.placement, state, work)
+    return NATIVE if found is None else found.name
 
 
 def write(
@@ -79,7 +73,7 @@ def write(
     total: int,
 ) -> str:
     """The folder of a spec and its tensors, named as `dialect` names them; returns the dialect's name."""
-    aliases = spec.plan.aliases if dialect is None else {}
+    aliases = spec.formats.aliases if dialect is None else {}
     kept = ((name, tensor) for name, tensor in tensors if name not in aliases)
     name = NATIVE if dialect is None else dialect.name
     with new_folder(Path(target), replace=replace) as folder:
@@ -104,10 +98,6 @@ def counted(
         yield pair
         if progress is not None:
             progress(min(done, total), total)
-
-
-def _tensors(model: Model) -> int:
-    return len(model.spec.plan.tensors)
 
 
 __all__ = ["SPEC_NAME", "counted", "save", "write"]
