@@ -20,7 +20,7 @@ from composeformer_fp8.numbers import E4M3
 from composeformer_fp8.quantise import dequantise, quantise
 
 # Elements that are decoded at a time, so that fp32 values of a whole matrix are never held.
-SLAB = 2**22
+SLAB = 2**17
 
 
 class BlocksCodec:
