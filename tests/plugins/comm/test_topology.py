@@ -31,7 +31,7 @@ def published(elements):
 
 
 def test_all_to_all_of_h800_as_published():
-    """120.96 us with 7000 features, 123.86 with the 7168 there are; 61 layers, two micro-batches, 67 tokens a second."""
+    """120.96 us with 7000 features, 123.86 with the 7168 it has; 61 layers, two micro-batches: 67 tokens a second."""
     h800 = topology.load("h800")
     layer = h800.time(published(7000)).transfer
     assert layer * 1e6 == pytest.approx(120.96, rel=1e-9)
