@@ -44,22 +44,18 @@ def found(reader: WeightReader, coding: Coding, stated: Stated | None = None) ->
     problems: list[str] = []
     names = reader.names()
     for name, info in names.items():
-        beside = [each.name(name) for each in coding.companions]
         if spelled(info.dtype) != coding.codes:
-            problems += [
-                f"{other}: belongs to {name}, which is stored as {spelled(info.dtype)} and not as {coding.codes}"
-                for other in beside
-                if other in names
-            ]
-        elif len(info.shape) < 2:
+            continue
+        if len(info.shape) < 2:
             problems.append(f"{name}: is stored as {coding.codes} with shape {info.shape}; codes are matrices")
-        else:
-            parts = coding.stored(name, info.shape)
-            problems += _misfits(names, coding, parts)
-            if stated is not None and stated.excepts(name):
-                told = f"{', '.join(coding.plain)} says that it is not"
-                problems.append(f"{name}: is stored as {coding.codes}, but {told}")
-            held[name] = Held(coding.codec, parts)
+            continue
+        parts = coding.stored(name, info.shape)
+        problems += _misfits(names, coding, parts)
+        if stated is not None and stated.excepts(name):
+            told = f"{', '.join(coding.plain)} says that it is not"
+            problems.append(f"{name}: is stored as {coding.codes}, but {told}")
+        held[name] = Held(coding.codec, parts)
+    problems += _strays(names, coding, {part.name for each in held.values() for part in each.parts})
     if problems:
         raise FolderError(*(f"{reader.folder}: {line}" for line in cut(problems)))
     return held
@@ -77,6 +73,17 @@ def _misfits(names: Mapping[str, TensorInfo], coding: Coding, parts: tuple[Weigh
             yield f"{part.name}: has shape {info.shape}, {codes} needs {part.shape}"
         elif spelled(info.dtype) not in allowed:
             yield f"{part.name}: is stored as {spelled(info.dtype)}; allowed: {', '.join(allowed)}"
+
+
+def _strays(names: Mapping[str, TensorInfo], coding: Coding, claimed: set[str]) -> Iterator[str]:
+    """Tensors that are named as what stands beside codes, where there are none."""
+    for name, info in names.items():
+        for other in (each.name(name) for each in coding.companions):
+            # A module's scales may be named after it alone; they are its weight's, and not its bias's.
+            apart = other != name and claimed.isdisjoint((name, other))
+            if other in names and apart and len(info.shape) > 1:
+                stored = f"{name}, which is stored as {spelled(info.dtype)} and not as {coding.codes}"
+                yield f"{other}: belongs to {stored}"
 
 
 class Decoded:

@@ -44,20 +44,13 @@ class BlocksCodec:
         Scales may be of any dtype that fp32 holds.
         """
         codes, scales = parts
-        count, columns = codes.shape[-2:]
-        start, stop, step = (rows or slice(None)).indices(count)
+        start, stop, step = (rows or slice(None)).indices(codes.shape[-2])
         if step != 1:
             raise ValueError(f"rows with a step of {step}")
-        wide = torch.promote_types(dtype, torch.float32)
-        scales = scales.to(wide)
-        out = torch.empty(*codes.shape[:-2], max(stop - start, 0), columns, dtype=dtype, device=codes.device)
-        # Whole blocks at a time; the first may be entered in its middle.
-        slab = BLOCK * max(1, SLAB // max(1, BLOCK * columns * codes.shape[:-2].numel()))
-        for first in range(start // BLOCK * BLOCK, stop, slab):
-            low, high = max(first, start), min(first + slab, stop)
-            held = scales[..., first // BLOCK : -(-high // BLOCK), :]
-            value = dequantise(codes[..., first:high, :], held, (BLOCK, BLOCK), wide)
-            out[..., low - start : high - start, :] = value[..., low - first :, :]
+        out = codes.new_empty((*codes.shape[:-2], max(stop - start, 0), codes.shape[-1]), dtype=dtype)
+        flat = [each.flatten(0, -3) if each.ndim > 2 else each[None] for each in (codes, scales, out)]
+        for code, scale, value in zip(*flat, strict=True):
+            _decode(code, scale, value, start, stop)
         return out
 
     def wrong(self, place: int, part: Tensor) -> str | None:
@@ -70,3 +63,16 @@ class BlocksCodec:
             return None
         index = tuple(int(i) for i in bad.nonzero()[0])
         return f"a scale of {float(values[index])} at {index}, which must be finite and positive"
+
+
+def _decode(
+    codes: Float[Tensor, "O I"], scales: Float[Tensor, "r c"], out: Float[Tensor, "rows I"], start: int, stop: int
+) -> None:
+    """Rows [start, stop) of a matrix into `out`: whole blocks at a time, the first perhaps entered in its middle."""
+    wide = torch.promote_types(out.dtype, torch.float32)
+    slab = BLOCK * max(1, SLAB // (BLOCK * max(1, codes.shape[1])))
+    for first in range(start // BLOCK * BLOCK, stop, slab):
+        low, high = max(first, start), min(first + slab, stop)
+        held = scales[first // BLOCK : -(-high // BLOCK)].to(wide)
+        value = dequantise(codes[first:high], held, (BLOCK, BLOCK), wide)
+        out[low - start : high - start] = value[low - first :]
