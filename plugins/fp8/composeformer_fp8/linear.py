@@ -55,7 +55,7 @@ class Scaled(nn.Module):
     ) -> Float[Tensor, "*N O"]:
         """x W^T + b; with `offsets`, the ends of the groups' rows, each group's rows by its own map."""
         rows = x.reshape(-1, x.shape[-1])
-        ends = None if offsets is None else offsets.tolist()
+        ends = None if offsets is None else _ends(offsets, len(rows))
         needed = torch.is_grad_enabled() and x.requires_grad
         dtype = self.dtype if self.bias is None else torch.float32
         y: Tensor = _Product.apply(rows, self.weight, ends, self.products, dtype, *self.held(needed))  # type: ignore[no-untyped-call]
@@ -80,6 +80,11 @@ class Coded(Scaled):
 
     def held(self, backward: bool = True) -> Held:
         return self.weight, self.weight_scale_inv
+
+
+def _ends(offsets: Tensor, rows: int) -> list[int]:
+    """Where groups end; of tensors without values, all in the first."""
+    return [rows] * len(offsets) if offsets.is_meta else offsets.tolist()
 
 
 def _spread(bias: Tensor, offsets: Tensor | None, rows: int) -> Tensor:

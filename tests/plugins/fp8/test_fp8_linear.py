@@ -261,6 +261,20 @@ def test_stored_codes_are_multiplied_as_they_are(policy: str, config: Scaled, gr
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("groups", [None, 3])
+def test_shapes_are_known_without_values(name: str, policy: str, groups: int | None) -> None:
+    linear = made(name, policy, groups=groups, bias=True).to("meta")
+    x = torch.empty(7, 200, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    y = linear(x, None if groups is None else torch.empty(groups, dtype=torch.int32, device="meta"))
+    y.sum().backward()
+    assert (y.shape, y.dtype) == ((7, 130), torch.bfloat16)
+    assert x.grad is not None
+    assert (x.grad.shape, x.grad.dtype) == (x.shape, x.dtype)
+    assert linear.weight.grad.shape == linear.weight.shape
+
+
 @pytest.mark.parametrize("groups", [None, 3])
 @pytest.mark.parametrize("bias", [False, True])
 def test_sensitive_maps_are_float32(groups: int | None, bias: bool) -> None:

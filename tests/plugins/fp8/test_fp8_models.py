@@ -200,6 +200,16 @@ def test_formats_are_masters_in_float32_and_moments_in_bfloat16(kind: str) -> No
     assert {form.moment for form in again.values()} == {"float32"}
 
 
+@pytest.mark.parametrize("kind", ["fp8-block", "fp8-tensor"])
+@pytest.mark.parametrize("scales", ["float32", "ue8m0"])
+def test_formats_of_stored_weights_are_those_of_their_codec(kind: str, scales: str) -> None:
+    formats = spec({"kind": kind, "scales": scales, "weights": "float8_e4m3fn"}).formats
+    form = formats.tensors["layers.0.mixer.kv_a.weight"]
+    assert (form.storage, form.codec) == ("float8_e4m3fn", "f8-128x128")
+    assert (form.block, form.scale) == ((128, 128), "float32")
+    assert formats.tensors["embedding.weight"].storage == "bfloat16"
+
+
 def test_weights_in_bfloat16_train_in_bfloat16() -> None:
     model = cf.build(spec({"kind": "fp8-block", "weights": "bfloat16"}), seed=0)
     found, _ = logits(model)

@@ -57,8 +57,7 @@ class Scaled(Precision):
         if sensitive or weight.name.endswith(".bias"):
             why = "sensitive" if sensitive else "a bias"
             return self._updated(plain("bfloat16" if released else "float32", why))
-        recipe = self.recipe
-        codes = f"{recipe.weights.dtype.removeprefix('float8_')} with {recipe.scales} scales"
+        recipe = self.recipe.of_stored() if released else self.recipe
         found = Format(
             storage=self.storage,
             compute=recipe.weights.dtype,
@@ -67,9 +66,9 @@ class Scaled(Precision):
             gradient="float32" if released else self.storage,
             moment=self.storage,
             block=recipe.block,
-            scale="float32" if recipe.scales == "float32" else "float8_e8m0fnu",
+            scale="float8_e8m0fnu" if recipe.exact_scales else "float32",
             codec=CODEC if released else None,
-            why=codes,
+            why="a linear map",
         )
         return self._updated(found)
 
