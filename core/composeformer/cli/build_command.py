@@ -61,9 +61,10 @@ def command(
 
         with progress("writing") as advance:
             dialect = save(model, output, replace=force, progress=advance)
-    memory = sum(
-        tensor.nbytes for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values()
-    )
+    from composeformer.parallel.pieces import local
+
+    held = {id(tensor): local(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    memory, processes = sum(tensor.nbytes for tensor in held.values()), model.placement.world.size
     counts = cost(model.spec)
     if as_json:
         from composeformer.cli.tree import json_tree
@@ -72,6 +73,7 @@ def command(
         document |= {
             "cost": counts.to_dict(),
             "weight_bytes": memory,
+            "processes": processes,
             "device": device,
             "seed": seed,
             "seconds": seconds,
@@ -85,7 +87,8 @@ def command(
     screen = console()
     screen.print(rich_tree(model.spec, model.choices))
     screen.print(cost_table(counts))
-    screen.print(f"weights: {size(memory)} on {device}, assembled in {seconds:.2f} s")
+    where = device if processes == 1 else f"{device} in the first of {processes} processes"
+    screen.print(f"weights: {size(memory)} on {where}, assembled in {seconds:.2f} s")
     if output is not None:
         named = (
             "names of its own: no dialect expresses this model"

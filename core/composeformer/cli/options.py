@@ -11,7 +11,7 @@ import click
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-from composeformer.cli.streams import silence, visible
+from composeformer.cli.streams import leads, silence, visible
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -120,7 +120,7 @@ def console(stderr: bool = False) -> Any:
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr for what takes longer than a second, where stderr is a terminal."""
-    if not sys.stderr.isatty():
+    if not (sys.stderr.isatty() and leads()):
         yield lambda done, total: None
         return
     from time import monotonic

@@ -53,6 +53,8 @@ class Deaf(Output):
 def prepared() -> Iterator[None]:
     """Streams for one run of the command line: all are there, and take every character."""
     before = sys.stdout, sys.stderr
+    if not leads():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if sys.stdout is None:
         # Closed by whoever started us. Writing must fail, but only where something is written.
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")
@@ -65,6 +67,11 @@ def prepared() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+def leads() -> bool:
+    """Whether this process speaks for all: it is the first of those that torchrun started, or the only one."""
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def silence(stream: TextIO) -> None:

@@ -49,6 +49,11 @@ class Placement:
                     found[held] = linear.groups
         return found
 
+    @property
+    def spread(self) -> bool:
+        """Whether a forward pass needs other processes."""
+        return self.shard or bool(self.stacks)
+
     def groups(self, name: str) -> slice | None:
         """The groups of a tensor that this process holds; None: all there is."""
         number = self.stacks.get(name)
@@ -108,7 +113,8 @@ def _problems(spec: "Spec", size: int) -> Iterator[Problem]:
         registry = spec.registry
         able = [kind for kind in registry.kinds("comm") if several(registry.get("comm", kind).config)]
         told = f"moves tokens within one process, and parallel.expert is {experts}; several need {one_of(able)}"
-        yield Problem("comm.kind", comm.kind, told).at(spec.document.source(("comm", "kind")))
+        stated = "comm" in spec.document.data
+        yield Problem("comm.kind", comm.kind, told).at(spec.document.source(("comm",)) if stated else None)
 
 
 def several(config: object) -> bool:

@@ -29,7 +29,9 @@ def shard(model: Any, placement: Placement) -> None:
     owned.append([module for module in model.modules() if id(module) not in inner])
     whole = _whole(model, owned, placement)
     for unit in units:
-        fully_shard(unit, mesh=placement.world.mesh, ignored_params=whole)
+        # By default the last unit stays gathered after a forward pass, and so its gathered parameters would be the
+        # model's until a backward pass: an optimizer made then, or gradients set to zero then, would be of those.
+        fully_shard(unit, mesh=placement.world.mesh, reshard_after_forward=True, ignored_params=whole)
         # A plain sum: gloo has no other, and so the same arithmetic serves every backend.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)

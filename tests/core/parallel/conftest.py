@@ -1,6 +1,6 @@
 """A tiny model of DeepSeek's parts in float64, batches of every shape, and steps of it in one process or in many."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 import composeformer as cf
 import composeformer.parallel.sharding
 import composeformer.store
+from composeformer.decoder import Model
 from composeformer.parallel.pieces import is_shard, local
 from composeformer.spec import Spec
 from composeformer.testing.ranks import on_ranks
@@ -102,8 +103,19 @@ rows = st.builds(
     st.booleans(),
     st.integers(0, 2**31),
 )
+
+
+class Ready(NamedTuple):
+    """One micro-batch that is made already."""
+
+    made: TokenBatch
+
+    def batch(self) -> TokenBatch:
+        return self.made
+
+
 # Steps of processes of micro-batches.
-Plan = Sequence[Sequence[Sequence[Rows]]]
+Plan = Sequence[Sequence[Sequence[Rows | Ready]]]
 
 
 @st.composite
@@ -140,9 +152,16 @@ def held(model: Any, tensors: dict[str, Tensor]) -> dict[str, Held]:
     return {name: Held(how(name, t), local(t.detach()).clone()) for name, t in tensors.items()}
 
 
-def steps(ranks: Sequence[int], found: Spec, plan: Plan, clip_norm: float | None = None) -> Steps:
-    """All of a plan's steps in this process, with the batches of `ranks`."""
+def steps(
+    ranks: Sequence[int],
+    found: Spec,
+    plan: Plan,
+    clip_norm: float | None = None,
+    change: Callable[[Model], None] = lambda model: None,
+) -> Steps:
+    """All of a plan's steps in this process, with the batches of `ranks`, of a model that is changed before."""
     model = cf.build(found, seed=3)
+    change(model)
     objective, optimizer = trainer(model)
     results, gradients = [], {}
     for number, bring in enumerate(plan):
