@@ -126,7 +126,7 @@ def _digest(spec: "Spec") -> dict[str, str]:
     """What processes that build one model must have in common, by name."""
     return {
         "their plugins": "\n".join(current().manifest()),
-        "the spec's fingerprint": spec.fingerprint,
         "the spec": spec.to_toml(),
+        "the spec's fingerprint": spec.fingerprint,
     }
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from composeformer.contracts import Linear, Weight
 from composeformer.formats import Format
+from composeformer.parallel.pieces import is_shard
 from composeformer.tensors import Batch, ModelOutput
 
 
@@ -36,6 +37,11 @@ class Trained(NamedTuple):
     weight: Weight
     linear: Linear | None
     format: Format | None = None
+
+    @property
+    def is_shard(self) -> bool:
+        """Whether this process holds a shard of it: a tensor of another class, which looks like the whole one."""
+        return is_shard(self.parameter)
 
     @property
     def is_matrix(self) -> bool:

@@ -17,12 +17,16 @@ from composeformer_training.moments import MomentAdamW
 
 
 def make(config: AdamW, trained: Sequence[Trained], learning_rate: float) -> Optimizer:
-    """An optimizer of two groups: what decays, and what does not; two for each dtype of moments."""
+    """An optimizer of two groups: what decays, and what does not; two for each dtype of moments, and two for shards
+    beside what a process holds whole.
+    """
     if all(kept(one) == _stored(one) for one in trained):
         return _make(config, trained, learning_rate, fused=None)
     groups: list[dict[str, Any]] = [
         {
-            "params": [(o.name, o.parameter) for o in trained if o.is_matrix is matrices and kept(o) == moment],
+            "params": [
+                (o.name, o.parameter) for o in trained if o.is_matrix is matrices and kept(o) == moment
+            ],
             "weight_decay": config.weight_decay if matrices else 0.0,
             "moment": moment,
         }
@@ -48,12 +52,16 @@ def _stored(one: Trained) -> str:
 
 
 def _make(config: AdamW, trained: Sequence[Trained], learning_rate: float, fused: bool | None) -> TorchAdamW:
+    # PyTorch stacks or fuses shards, or whole tensors, but not both together.
     groups: list[dict[str, Any]] = [
         {
-            "params": [(one.name, one.parameter) for one in trained if one.is_matrix is matrices],
+            "params": [
+                (o.name, o.parameter) for o in trained if (o.is_matrix, o.is_shard) == (matrices, shards)
+            ],
             "weight_decay": config.weight_decay if matrices else 0.0,
         }
         for matrices in (True, False)
+        for shards in (False, True)
     ]
     groups = [group for group in groups if group["params"]]
     betas = (config.beta1, config.beta2)

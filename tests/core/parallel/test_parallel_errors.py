@@ -1,0 +1,159 @@
+"""What can not be run by several processes is one line, in all of them, before anything hangs."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+
+import composeformer as cf
+from composeformer import plugins
+from composeformer.decoder import Model
+from composeformer.errors import ComposeError, InputError
+from composeformer.parallel import start, stop
+from composeformer.tensors import Aux, Batch, Output
+from composeformer.testing.ranks import on_ranks
+from composeformer.train import train_step, trainer
+
+from .conftest import Rows, spec
+
+BATCH = Rows(2, 5, 0, False, 0)
+
+
+def told(size: int, call: Callable[[int], Any]) -> tuple[str, ...]:
+    """The lines of the error that every one of so many processes ends with."""
+
+    def run(rank: int) -> tuple[str, ...]:
+        with pytest.raises(ComposeError) as caught:
+            call(rank)
+        return caught.value.lines
+
+    lines = on_ranks(size, run, timeout=30)
+    assert lines == [lines[0]] * size
+    return lines[0]
+
+
+def test_processes_that_are_no_whole_expert_groups() -> None:
+    lines = told(3, lambda rank: cf.build(spec(2)))
+    assert lines == ("python: parallel.expert = 2: must divide the number of processes, 3",)
+
+
+def test_a_backend_for_one_process() -> None:
+    alone = "moves tokens within one process, and parallel.expert is 2; several need collective, hierarchical"
+    assert told(2, lambda rank: cf.build(spec(2, kind="local"))) == (f'python: comm.kind = "local": {alone}',)
+    dense = {"layers": [{"ffn": "dense"}], "predictor.layer": {"ffn": "dense"}}
+    shapes = on_ranks(
+        2, lambda rank: cf.build(spec(2, kind="local").with_(dense), device="meta").placement.spread
+    )
+    assert shapes == [True, True]
+
+
+def test_processes_that_would_build_different_models() -> None:
+    said = "the processes differ in {}, so they can not build one model: process 0 has {}, process 1 {}"
+
+    def other_spec(rank: int) -> Model:
+        return cf.build(spec(2, ffn__experts__router__top_k=1 + rank), device="meta")
+
+    def other_run(rank: int) -> Model:
+        return cf.build(spec(2, train__learning_rate=0.5 + rank), device="meta")
+
+    def other_plugins(rank: int) -> Model:
+        found = spec(2)
+        if rank:
+            plugins.configure(blocked=["fp8"])
+        return cf.build(found, device="meta")
+
+    assert told(2, other_spec) == (said.format("the spec", '"top_k = 1"', '"top_k = 2"'),)
+    rates = '"learning_rate = 0.5"', '"learning_rate = 1.5"'
+    assert told(2, other_run) == (said.format("the spec", *rates),)
+    assert told(2, lambda rank: cf.build(spec(2), seed=rank)) == (said.format("the seed", '"0"', '"1"'),)
+    (line,) = told(2, other_plugins)
+    assert line.startswith(
+        "the processes differ in their plugins, so they can not build one model: process 0 has"
+    )
+    assert "codec" in line
+
+
+@pytest.mark.parametrize(("numbers", "said"), [((1, 2), "between 1 and 2"), ((0, 1), "between 0 and 1")])
+def test_other_numbers_of_micro_batches(numbers: tuple[int, int], said: str) -> None:
+    def step(rank: int) -> None:
+        model = cf.build(spec(2))
+        train_step(model, [BATCH.batch()] * numbers[rank], *trainer(model), step=0)
+
+    (line,) = told(2, step)
+    assert line == (
+        f"processes bring {said} micro-batches to a step: must be the same number, of padding where need be"
+    )
+
+
+def test_no_micro_batch_anywhere() -> None:
+    def step(rank: int) -> None:
+        model = cf.build(spec(2))
+        train_step(model, [], *trainer(model), step=0)
+
+    assert told(2, step) == ("a training step needs at least one batch",)
+
+
+def test_a_part_that_tells_other_things_on_one_rank() -> None:
+    def step(rank: int) -> None:
+        model = cf.build(spec(2))
+        ffn: Any = model.layers[0].ffn
+        plain = ffn.forward
+
+        def forward(x: torch.Tensor, batch: Batch) -> Output:
+            output = plain(x, batch)
+            return Output(output.hidden, Aux({f"layers.0.ffn.own_{rank}": output.hidden.sum() * 0}))
+
+        ffn.forward = forward
+        train_step(model, [BATCH.batch()], *trainer(model), step=0)
+
+    (line,) = told(2, step)
+    assert line.startswith("the processes differ in the losses that parts tell, so they can not end a step: ")
+
+
+def test_a_model_that_is_spread_has_no_cache() -> None:
+    (line,) = told(2, lambda rank: cf.build(spec(2)).new_cache(1, 8))
+    assert (
+        line
+        == "the model is spread over 2 processes, which do not decode together; load it in one to generate"
+    )
+    assert on_ranks(2, lambda rank: cf.build(spec(1, shard=False)).new_cache(1, 8).max_rollback) == [0, 0]
+
+
+def test_a_launcher_that_does_not_say_where_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError) as caught:
+        cf.build(spec(2), device="meta")
+    assert caught.value.lines == (
+        "WORLD_SIZE = 2, but RANK, MASTER_ADDR, MASTER_PORT is not set: processes are started by torchrun, or must "
+        "say where they meet",
+    )
+
+
+def test_a_device_on_which_processes_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "::1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        InputError, match=r"^device = mps: no way for processes to meet; there are cpu, cuda$"
+    ):
+        start("mps")
+    monkeypatch.setattr(dist, "is_backend_available", lambda backend: False)
+    with pytest.raises(
+        InputError, match=r"^device = cpu: processes on cpu meet over gloo, which this build of"
+    ):
+        start()
+
+
+def test_what_the_environment_says_is_enough_and_is_undone() -> None:
+    def run(rank: int, folder: str) -> tuple[bool, bool, int]:
+        os.environ |= {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+        start()
+        alone = dist.is_initialized()
+        stop()
+        return alone, dist.is_initialized(), cf.build(spec(2), device="meta").placement.world.size
+
+    assert on_ranks(1, run, "", gloo=False) == [(False, False, 1)]
