@@ -25,6 +25,8 @@ from composeformer_fp8.quantise import Block, quantise, spread, values
 INSTRUCTION = 32
 
 Held = tuple[Tensor, ...]
+# What picks a group from a stack: its number, or nothing.
+Index = tuple[int, ...]
 
 
 class Operand(NamedTuple):
@@ -58,7 +60,7 @@ class Emulated:
         """x W^T in fp32; rows past the last end are zeros."""
         codes, scales = held[:2]
         found = x.new_zeros(len(x), codes.shape[-2], dtype=torch.float32)
-        for rows, group in _groups(ends, len(x)):
+        for rows, group in groups_of(ends, len(x)):
             weight = Operand(codes[group], scales[group], self.recipe.block)
             found[rows] = product(self._tiles(x[rows], self.recipe.activations), weight, self.recipe)
         return found
@@ -71,7 +73,7 @@ class Emulated:
         codes, scales = transposed
         block = self.recipe.block if self.recipe.anew else self.recipe.block[::-1]
         found = gradient.new_zeros(len(gradient), codes.shape[-2], dtype=torch.float32)
-        for rows, group in _groups(ends, len(gradient)):
+        for rows, group in groups_of(ends, len(gradient)):
             weight = Operand(codes[group], scales[group], block)
             found[rows] = product(self._tiles(gradient[rows], self.recipe.gradients), weight, self.recipe)
         return found
@@ -86,7 +88,7 @@ class Emulated:
                 self._tiles(x[rows].mT, self.recipe.activations),
                 self.recipe,
             )
-            for rows, _ in _groups(ends, len(x))
+            for rows, _ in groups_of(ends, len(x))
         ]
         return found[0] if ends is None else torch.stack(found)
 
@@ -96,7 +98,7 @@ class Emulated:
         return Operand(*quantise(x, block, form, self.recipe.scales), block)
 
 
-def _groups(ends: list[int] | None, rows: int) -> Iterator[tuple[slice, tuple[int, ...]]]:
+def groups_of(ends: list[int] | None, rows: int) -> Iterator[tuple[slice, Index]]:
     """The rows of each group, and what indexes its weight; without `ends` there is one."""
     if ends is None:
         yield slice(rows), ()

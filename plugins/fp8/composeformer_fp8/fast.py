@@ -2,12 +2,12 @@
 
 Operands are rounded to the very codes of the emulation; only sums differ, by what fp32 does in another order
 (`Recipe.fast_error`). Where scales are powers of two, q s is a bfloat16, so that PyTorch may multiply in bfloat16 with
-fp32 sums (AMX, or AVX-512 BF16) and lose nothing.
+fp32 sums (AMX, or AVX-512 BF16) and lose nothing but what is below 2^-126, which those units flush to zero.
 
 Shapes: N rows, I inputs, O outputs, E groups.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from composeformer_fp8.configs.recipe import Recipe
-from composeformer_fp8.emulate import Emulated, Held
+from composeformer_fp8.emulate import Emulated, Held, Index, groups_of
 from composeformer_fp8.numbers import Narrow
 from composeformer_fp8.quantise import Block, dequantise, quantise
 from composeformer_fp8.strips import rounded
@@ -34,43 +34,53 @@ class Fast(Emulated):
         return self._weight(held[0], self.recipe.block)
 
     def output(self, x: Float[Tensor, "N I"], held: Held, ends: list[int] | None) -> Float[Tensor, "N O"]:
-        return self._rows(x, self.matrix(held), ends, self.recipe.activations)
+        outputs = held[0].shape[-2]
+        return self._rows(x, outputs, ends, self.recipe.activations, lambda own: self.matrix(_pick(held, own)).mT)
 
     def to_input(
         self, gradient: Float[Tensor, "N O"], held: Held, ends: list[int] | None
     ) -> Float[Tensor, "N I"]:
         anew = len(held) == 1 and self.recipe.anew
-        matrix = self._weight(held[0], self.recipe.block[::-1]) if anew else self.matrix(held)
-        return self._rows(gradient, matrix.mT, ends, self.recipe.gradients)
+
+        def matrix(own: Index) -> Tensor:
+            picked = _pick(held, own)
+            return self._weight(picked[0], self.recipe.block[::-1]) if anew else self.matrix(picked)
+
+        return self._rows(gradient, held[0].shape[-1], ends, self.recipe.gradients, matrix)
 
     def to_weight(
         self, gradient: Float[Tensor, "N O"], x: Float[Tensor, "N I"], ends: list[int] | None
     ) -> Float[Tensor, "*E O I"]:
-        spans = _spans(ends, len(x))
         block = (self.recipe.tile, 1) if self.recipe.tile else (0, 0)
-        found = gradient.new_empty(len(spans), gradient.shape[1], x.shape[1], dtype=torch.float32)
-        for rows, into in zip(spans, found, strict=True):
+        leading = () if ends is None else (len(ends),)
+        found = gradient.new_empty(*leading, gradient.shape[1], x.shape[1], dtype=torch.float32)
+        for rows, group in groups_of(ends, len(x)):
             a = self._rounded(gradient[rows], block, self.recipe.gradients)
             b = self._rounded(x[rows], block, self.recipe.activations)
             with multiplied(self.recipe, x.device):
-                torch.mm(a.mT, b, out=into)
-        return found[0] if ends is None else found
+                torch.mm(a.mT, b, out=found[group])
+        return found
 
     def _rows(
-        self, x: Float[Tensor, "N K"], matrix: Float[Tensor, "*E S K"], ends: list[int] | None, form: Narrow
+        self,
+        x: Float[Tensor, "N K"],
+        width: int,
+        ends: list[int] | None,
+        form: Narrow,
+        matrix: Callable[[Index], Float[Tensor, "K S"]],
     ) -> Float[Tensor, "N S"]:
-        """Rows by the transposed matrix of their group."""
+        """Rows by the matrix of their group, which is made only where a group has rows."""
         block = (1, self.recipe.tile) if self.recipe.tile else (0, 0)
-        spans = _spans(ends, len(x))
-        found = x.new_empty(len(x), matrix.shape[-2], dtype=torch.float32)
-        last = spans[-1].stop
+        found = x.new_empty(len(x), width, dtype=torch.float32)
+        last = len(x) if ends is None else ends[-1]
         found[last:] = 0
         # Tiles along a row know no groups; one scale for a tensor does.
         whole = self._rounded(x[:last], block, form) if self.recipe.tile else None
-        for rows, weight in zip(spans, matrix[None] if ends is None else matrix, strict=True):
-            own = self._rounded(x[rows], block, form) if whole is None else whole[rows]
-            with multiplied(self.recipe, x.device):
-                torch.mm(own, weight.mT, out=found[rows])
+        for rows, group in groups_of(ends, len(x)):
+            if len(into := found[rows]):
+                own = self._rounded(x[rows], block, form) if whole is None else whole[rows]
+                with multiplied(self.recipe, x.device):
+                    torch.mm(own, matrix(group), out=into)
         return found
 
     def _weight(self, weight: Float[Tensor, "*E O I"], block: Block) -> Float[Tensor, "*E O I"]:
@@ -85,11 +95,9 @@ class Fast(Emulated):
         return dequantise(*quantise(x, block, form, self.recipe.scales), block)
 
 
-def _spans(ends: list[int] | None, rows: int) -> list[slice]:
-    """The rows of each group; without `ends` there is one."""
-    if ends is None:
-        return [slice(0, rows)]
-    return [slice(start, stop) for start, stop in zip([0, *ends], ends)]
+def _pick(held: Held, group: Index) -> Held:
+    """What is held of one group."""
+    return tuple(each[group] for each in held)
 
 
 @contextmanager

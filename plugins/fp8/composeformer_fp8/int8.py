@@ -97,7 +97,7 @@ class IntegerLinear(nn.Module):
         x = x.bfloat16()
         bias = None if self.bias is None else self.bias.float()
         if offsets is not None:
-            return ragged(x.float(), self.matrix(), bias, offsets).to(self.dtype)
+            return ragged(x.float(), self.weight, bias, offsets, self.weight_scale).to(self.dtype)
         if bias is None and self.dtype == torch.bfloat16 and packed(x, self.weight):
             rows = x.reshape(-1, x.shape[-1]).contiguous()
             y = torch._weight_int8pack_mm(rows, self.weight, self.weight_scale[:, 0])

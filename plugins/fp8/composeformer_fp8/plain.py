@@ -35,22 +35,26 @@ class High(nn.Module):
         self, x: Float[Tensor, "*N I"], offsets: Int[Tensor, " E"] | None = None
     ) -> Float[Tensor, "*N O"]:
         """x W^T + b; with `offsets`, the ends of the groups' rows, each group's rows by its own map."""
-        x, matrix = x.float(), self.matrix()
         bias = None if self.bias is None else self.bias.float()
         if offsets is None:
-            return F.linear(x, matrix, bias).to(self.dtype)
-        return ragged(x, matrix, bias, offsets).to(self.dtype)
+            return F.linear(x.float(), self.matrix(), bias).to(self.dtype)
+        return ragged(x.float(), self.weight, bias, offsets).to(self.dtype)
 
 
 def ragged(
     x: Float[Tensor, "N I"],
-    matrix: Float[Tensor, "E O I"],
+    weight: Float[Tensor, "E O I"],
     bias: Float[Tensor, "E O"] | None,
     ends: Int[Tensor, " E"],
+    scales: Float[Tensor, "E O 1"] | None = None,
 ) -> Float[Tensor, "N O"]:
-    """Each group's rows by its own matrix; rows past the last end come out as zeros."""
-    stops = [0, *ends.tolist()]
-    biases = [None] * len(matrix) if bias is None else bias.unbind(0)
-    groups = zip(stops[:-1], stops[1:], matrix.unbind(0), biases, strict=True)
-    parts = [F.linear(x[start:stop], weight, shift) for start, stop, weight, shift in groups]
-    return torch.cat([*parts, x.new_zeros(len(x) - stops[-1], matrix.shape[1])])
+    """Each group's rows by its own matrix in fp32, its weight times `scales` where there are any; rows past the last
+    end come out as zeros. A group without rows costs nothing.
+    """
+    stops = ends.tolist()
+    parts = []
+    for group, (start, stop, matrix) in enumerate(zip([0, *stops], stops, weight.unbind(0))):
+        if start < stop or weight.requires_grad:
+            matrix = matrix.float() if scales is None else matrix.float() * scales[group].float()
+            parts.append(F.linear(x[start:stop], matrix, None if bias is None else bias[group]))
+    return torch.cat([*parts, x.new_zeros(len(x) - stops[-1], weight.shape[1])])
