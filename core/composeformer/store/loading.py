@@ -50,20 +50,41 @@ def load(
     Every tensor is accounted for. `weights` says what becomes of weights that are stored as codes: `keep` them, or
     decode them to `bfloat16` or `float32`; by default a folder of ours is as its spec says, and a Hugging Face one is
     decoded to `dtype`, or bfloat16. Raises FolderError or DialectError, a line for each finding. `check_hashes` reads
-    all files against the manifest first. `overrides` are settings of how it is run, such as `parallel.expert=2`. Over
-    several processes each reads the experts that it holds.
+    all files against the manifest first. `overrides` are settings of how it is run, such as `parallel.expert=2`; under
+    a `precision` that stores weights as other codes they are encoded anew. Over several processes each reads the
+    experts that it holds.
     """
     root = Path(folder)
     if weights is None and dtype is not None and not (root / SPEC_NAME).exists():
         weights = "bfloat16" if dtype == "bfloat16" else "float32"
-    with opened(root, weights) as found:
+    with _opened_to_run(root, weights, overrides) as (found, spec):
         if (root / SPEC_NAME).exists() and (problems := check_files(root, hashes=check_hashes)):
             raise FolderError(*problems)
-        model = skeleton(run(found.spec, overrides), device=device, dtype=dtype)
-        values = read(model.spec, found.dialect, found.source, root, model.placement.groups)
+        model = skeleton(spec, device=device, dtype=dtype)
+        stored = model.spec if _codecs(spec) == _codecs(found.spec) else found.spec
+        values = read(stored, found.dialect, found.source, root, model.placement.groups)
         fill(model, coded(model.spec, values), device, progress)
     model.folder = root
     return model
+
+
+@contextmanager
+def _opened_to_run(
+    root: Path, weights: str | None, overrides: Iterable[str]
+) -> "Iterator[tuple[Opened, Spec]]":
+    """The folder, and the spec it is run by; decoded where that spec stores weights as other codes."""
+    with opened(root, weights) as found:
+        spec = run(found.spec, overrides)
+        if not found.spec.formats.coded or _codecs(spec) == _codecs(found.spec):
+            yield found, spec
+            return
+    with opened(root, "float32") as found:
+        yield found, spec
+
+
+def _codecs(spec: Spec) -> dict[str, str | None]:
+    """Which weights a spec stores as codes, and of which codec."""
+    return {name: spec.formats.tensors[name].codec for name in spec.formats.coded}
 
 
 def run(spec: Spec, overrides: Iterable[str]) -> Spec:
@@ -251,5 +272,6 @@ def open_any(
             dialect = find(file.metadata)
             document = dialect.to_spec(file.metadata, shapes(file), file.get)
         model = skeleton(Spec.from_dict(document, label=str(where)))
-        fill(model, coded(model.spec, read(model.spec, dialect.name, file, where)), "cpu", progress)
+        values = read(model.spec, dialect.name, file, where, model.placement.groups)
+        fill(model, coded(model.spec, values), "cpu", progress)
     return model

@@ -133,6 +133,25 @@ def test_a_folder_under_our_own_names_keeps_codes_too(released: Path, tmp_path: 
         assert torch.equal(plain[name][expert], dequantised(codes[expert], scales[expert], torch.float32))
 
 
+def test_a_folder_runs_under_another_precision_encoded_anew_where_that_has_codes(
+    released: Path, tmp_path: Path
+) -> None:
+    name = "layers.1.ffn.down.weight"
+    for weights in ("keep", "bfloat16"):
+        cf.import_model(released, tmp_path / weights, weights=weights)
+    wide = cf.load(released, weights="float32").state_dict()[name]
+    kept = cf.load(released, weights="keep").state_dict()
+    for folder, source in (("keep", wide), ("bfloat16", wide.bfloat16())):
+        plain = cf.load(tmp_path / folder, overrides=['precision={kind="bf16", weights="bfloat16"}'])
+        assert torch.equal(plain.state_dict()[name], wide.bfloat16())
+        rows = cf.load(tmp_path / folder, overrides=['precision={kind="int8"}']).state_dict()
+        assert torch.equal(rows[f"{name}_scale"], (source.float().abs().amax(-1, keepdim=True) / 127).bfloat16())
+        asked = 'precision={kind="fp8-block", weights="float8_e4m3fn", gradients="e5m2"}'
+        scales = cf.load(tmp_path / folder, overrides=[asked]).state_dict()[f"{name}_scale_inv"]
+        # Codes of the same codec are not encoded again.
+        assert torch.equal(scales, kept[f"{name}_scale_inv"]) is (folder == "keep")
+
+
 # Mixed folders.
 
 
