@@ -143,7 +143,10 @@ class Rows:
 
 
 class CommConfig(Protocol):
-    """What the config of a `comm` component declares besides its fields."""
+    """What the config of a `comm` component declares besides its fields.
+
+    One that can not share experts among processes says so with a class attribute `processes = "one"`.
+    """
 
     def declared(
         self,

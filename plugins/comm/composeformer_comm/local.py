@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from composeformer.costs.ledger import Ledger
+from composeformer.errors import InputError
 from composeformer.exchange import Experts
 from composeformer.tensors import Routing
 from composeformer_comm.sorting import by_expert, gather, spread
@@ -31,9 +32,12 @@ class Sorted(NamedTuple):
 
 
 class LocalExchange:
-    """The exchange of one process; a `group` of several is of no use to it."""
+    """The exchange of one process. Raises InputError for a `group` of several."""
 
     def __init__(self, config: Any, groups: int, group: "ProcessGroup | None" = None) -> None:
+        if group is not None and group.size() > 1:
+            told = f"moves tokens within one process, and {group.size()} share the experts"
+            raise InputError(f"comm.kind = local: {told}; collective and hierarchical serve several")
         self.groups = groups
         self.ledger = Ledger()
 

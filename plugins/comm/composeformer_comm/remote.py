@@ -39,7 +39,7 @@ class RemoteExchange(LocalExchange):
     """
 
     def __init__(self, config: Remote, groups: int, group: "ProcessGroup | None" = None) -> None:
-        super().__init__(config, groups, group)
+        super().__init__(config, groups)
         self.route: Route | None = None
         if group is None or group.size() == 1:
             falls_back(type(config).__name__.lower())

@@ -6,6 +6,7 @@ started and waited for later.
 
 import time
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch.distributed as dist
@@ -47,6 +48,10 @@ class Transport:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.ledger = ledger
         self._started = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Transport":
+        # A group is what processes made together: a copy of a model speaks through the same.
+        return Transport(self.group, deepcopy(self.ledger, memo))
 
     def counts(self, told: Tensor, hop: Hop) -> Tensor:
         """Tells each peer of a hop C numbers, of (P, C); what the peers tell this rank, (P, C)."""

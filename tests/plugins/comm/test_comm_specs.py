@@ -1,11 +1,14 @@
 """`[comm]` in a spec: what it builds in one process, what it never changes, and what is refused."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
 import composeformer as cf
 from composeformer.errors import SpecError
-from composeformer_comm.config import Collective, Hierarchical
+from composeformer_comm.config import Collective, Hierarchical, Local
+from composeformer_comm.local import LocalExchange
 from composeformer_comm.remote import RemoteExchange
 
 TABLES = {
@@ -85,9 +88,13 @@ def test_more_experts_than_ranks_can_share_is_one_line_for_who_asks_directly(lab
 
     def build(rank):
         lines = []
-        for config, experts in ((Collective(), 9), (Hierarchical(ranks_per_node=3), 8)):
+        for made, config, experts in (
+            (RemoteExchange, Collective(), 9),
+            (RemoteExchange, Hierarchical(ranks_per_node=3), 8),
+            (LocalExchange, Local(), 8),
+        ):
             with pytest.raises(InputError) as told:
-                RemoteExchange(config, experts, dist.group.WORLD)
+                made(config, experts, dist.group.WORLD)
             lines.append(told.value.lines)
         return lines
 
@@ -101,4 +108,28 @@ def test_more_experts_than_ranks_can_share_is_one_line_for_who_asks_directly(lab
                 "comm.ranks_per_node = 3: must divide the number of ranks that share the experts (2); the nearest "
                 "that does is 2",
             ),
+            (
+                "comm.kind = local: moves tokens within one process, and 2 share the experts; collective and "
+                "hierarchical serve several",
+            ),
         ]
+
+
+def test_a_copy_of_a_model_speaks_through_the_same_group_into_a_ledger_of_its_own(lab):
+    import torch.distributed as dist
+
+    from composeformer.testing.ranks import on_ranks
+
+    case = lab.case((((0, 7), (1, 2)), ((3, 4),)), 2)
+
+    def copied(rank):
+        exchange = RemoteExchange(Collective(), lab.experts, dist.group.WORLD)
+        again = deepcopy(exchange)
+        found = lab.run(again, lab.inputs(case, rank))
+        return found.y, found.ledger, exchange.ledger
+
+    for rank, (y, ledger, first) in enumerate(on_ranks(2, copied)):
+        declared = Collective().declared(case.indices, groups=8, ranks=2, rows=case.rows)
+        assert len(y) == len(case.indices[rank])
+        assert ledger == declared[rank]
+        assert not list(first.steps())
