@@ -188,6 +188,33 @@ def test_groups_are_independent_and_rows_of_nobody_are_not_read(
             assert not to_weight[group].any()
 
 
+@settings(max_examples=40)
+@given(st.sampled_from(sorted(RECIPES)), SHAPES, SEEDS, st.integers(-30, 30), st.integers(-30, 30))
+def test_powers_of_two_pass_through_every_product(
+    name: str, shape: tuple[int, int, int], seed: int, one: int, other: int
+) -> None:
+    x, weight, gradient = drawn(shape, "even", seed)
+    products = Emulated(RECIPES[name])
+    held, scaled = products.held(weight), products.held(weight * 2.0**other)
+    both = 2.0 ** (one + other)
+    y = products.output(x * 2.0**one, scaled, None)
+    assert torch.equal(y, products.output(x, held, None) * both)
+    to_x = products.to_input(gradient * 2.0**one, scaled, None)
+    assert torch.equal(to_x, products.to_input(gradient, held, None) * both)
+    to_weight = products.to_weight(gradient * 2.0**one, x * 2.0**other, None)
+    assert torch.equal(to_weight, products.to_weight(gradient, x, None) * both)
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(["block", "block-ue8m0", "mx"]), SORTS, SEEDS, st.integers(1, 40), st.integers(0, 39))
+def test_each_token_is_alone_where_tiles_are_rows(name: str, sort: str, seed: int, rows: int, picked: int) -> None:
+    x, weight, _ = drawn((rows, 9, 200), sort, seed)
+    products = Emulated(RECIPES[name])
+    held = products.held(weight)
+    row = slice(picked % rows, picked % rows + 1)
+    assert torch.equal(products.output(x, held, None)[row], products.output(x[row], held, None))
+
+
 def test_promoted_sums_differ_from_a_plain_product_where_fp32_has_no_room() -> None:
     # The first chunk is 128 x 448 x 448, where neighbours in fp32 stand 2 apart: what the others add, 49 / 64 each, is
     # lost one by one, and kept where nothing is rounded until the end. All scales are powers of two.
