@@ -45,11 +45,11 @@ def compose_components() -> Iterable["Component"]:
 
 @hookspec
 def compose_dialects() -> Iterable["Traversable | Path"]:
-    """The foreign model families that this plugin can read and write.
+    """The foreign model families, and forms of stored weights, that this plugin can read and write.
 
     When: once for each plugin, after its `compose_components`. The files are found, not read.
     Order: composeformer's own plugins first, then the others by name.
-    Returns: an iterable of existing `.toml` files, one for each family, as paths or as
+    Returns: an iterable of existing `.toml` files, one for each family or coding, as paths or as
     `importlib.resources.files("package") / "name.toml"`.
     """
     return ()

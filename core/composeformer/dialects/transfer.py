@@ -67,7 +67,8 @@ def lookup(transfers: Sequence[Transfer], source: Weights, label: str) -> Lookup
     def get(name: str, groups: Groups | None) -> Tensor:
         owner = owners[name]
         if groups is not None:
-            if owner.by_groups:
+            # What is a stack on their side alone has no groups here.
+            if owner.by_groups and owner.ours is not None and not owner.ours.stacked:
                 return dict(_moved(owner, source, groups))[name]
             return get(name, None)[slice(*groups)]
         if name not in held:

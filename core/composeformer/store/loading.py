@@ -165,7 +165,9 @@ def _theirs(config: Mapping[str, Any], reader: WeightReader, weights: str | None
             kept_spec = kept(spec, dialect, stated, held, reader)
         return Opened(spec=kept_spec, dialect=dialect.name, source=reader, stated=stated)
     source = Decoded(reader, held, DTYPES[weights or "bfloat16"])
-    return Opened(spec=as_stored(spec, source.names()), dialect=dialect.name, source=source)
+    # What was asked for in float32 is not rounded again because most of a folder is narrower.
+    decoded = in_full(spec, weights) if weights == "float32" else as_stored(spec, source.names())
+    return Opened(spec=decoded, dialect=dialect.name, source=source)
 
 
 def describe(root: Path, weights: str | None = None) -> tuple[Spec, str]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import composeformer as cf
@@ -223,6 +225,43 @@ def test_a_folder_that_announces_codes_and_stores_none_is_read_as_it_is(
         model = cf.load(folder, weights=weights)
         assert same(dict(model.state_dict()), dict(cf.load(released).state_dict()))
     assert "no tensor is stored so" in caplog.text
+
+
+sizes = st.integers(1, 260)
+
+
+@settings(max_examples=8, deadline=None)
+@given(sizes, sizes, sizes, st.integers(1, 3), st.booleans())
+@example(17, 1, 1, 1, False)  # most elements are no codes, and bfloat16
+def test_export_and_import_are_inverse_whatever_the_sizes(
+    tmp_path_factory: pytest.TempPathFactory, hidden: int, inner: int, expert: int, heads: int, tied: bool
+) -> None:
+    small: dict[str, object] = {
+        "model.hidden_size": hidden,
+        "model.tie_embeddings": tied,
+        "mixer.mla.num_heads": heads,
+        "ffn.dense.intermediate_size": inner,
+        "ffn.experts.intermediate_size": expert,
+        "ffn.experts.num_experts": 4,
+        "ffn.experts.router.top_k": 2,
+        "ffn.experts.router.num_groups": 1,
+        "ffn.experts.router.top_k_groups": 1,
+        "precision": {"kind": "fp8-block", "weights": "float8_e4m3fn"},
+    }
+    root = tmp_path_factory.mktemp("inverse")
+    model = cf.build(cf.Spec.load("tiny-deepseek-v3").with_(small), seed=hidden)
+    assert cf.save(model, root / "a") == "deepseek_v3"
+    cf.export_model(root / "a", root / "b")
+    spec = cf.import_model(root / "b", root / "c", weights="keep")
+    assert spec.formats.coded == model.spec.formats.coded
+    assert same(read(root / "a"), read(root / "c"))
+    again = cf.load(root / "c")
+    assert same(dict(again.state_dict()), dict(model.state_dict()))
+    plain = cf.load(root / "b", weights="float32").state_dict()
+    for name, held in model.spec.formats.coded.items():
+        codes, scales = (model.state_dict()[each] for each in held)
+        for value, c, s in zip(*(t if t.ndim == 3 else t[None] for t in (plain[name], codes, scales)), strict=True):
+            assert torch.equal(value, dequantised(c, s, torch.float32))
 
 
 def test_groups_of_a_kept_stack_are_read_alone(released: Path, tmp_path: Path) -> None:
