@@ -1,5 +1,6 @@
 """Scaled policies inside models: latent attention absorbed and expanded, tied embeddings, rules, formats."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -221,13 +222,15 @@ def test_weights_in_bfloat16_train_in_bfloat16() -> None:
 
 
 def test_implementation_that_can_not_serve_is_one_error_by_name_and_a_notice_by_auto(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A command that ran in this process before keeps the project's lines to itself.
+    monkeypatch.setattr(logging.getLogger("composeformer"), "propagate", True)
     with pytest.raises(cf.ComposeError) as told:
         cf.build(spec({"kind": "fp8-block", "implementation": "triton"}), device="cpu")
     assert len(told.value.lines) == 1
     assert "its kernel is for cuda devices" in str(told.value)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "composeformer"):
         cf.build(spec({"kind": "fp8-block", "accumulator_bits": 14}), device="meta")
     assert any("fast to reference" in line for line in caplog.messages)
 
