@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from composeformer.costs import checkpoint
 from composeformer.dialects import Dialect, expressing, find
 from composeformer.dialects.codings import TABLE
 from composeformer.dialects.codings import find as find_coding
@@ -137,7 +138,7 @@ def _write(
         replace,
         max_shard_bytes,
         progress,
-        len(spec.plan.tensors),
+        checkpoint(spec).tensors,
     )
     return spec
 
@@ -217,7 +218,7 @@ def export_model(
         get = lookup(spec, dialect, reader, root)
         with new_folder(Path(target), replace=replace) as folder:
             copy_tokenizer(root, folder)
-            named = counted(found.write(spec, get), len(spec.plan.tensors), progress)
+            named = counted(found.write(spec, get), checkpoint(spec).tensors, progress)
             write_shards(folder, named, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"})
             write_json(folder / "config.json", config)
     return found.name

@@ -16,7 +16,7 @@ from composeformer.folder import WeightReader
 from composeformer.store import describe
 from composeformer.store.lock import NATIVE
 
-from .conftest import CONFIG, E4M3, TABLE, Change, bits, dequantised, read, same, tensors, write
+from .conftest import CONFIG, E4M3, EVEN, PLAIN, TABLE, Change, bits, dequantised, read, same, tensors, write
 
 IDS = torch.arange(24).reshape(2, 12) * 7 % 96
 Make = Callable[[Change], Path]
@@ -55,6 +55,21 @@ def test_a_loaded_model_is_saved_bit_by_bit(released: Path, tmp_path: Path) -> N
         assert same(read(tmp_path / "saved"), read(released))
         assert config(tmp_path / "saved")["quantization_config"] == TABLE
         assert config(tmp_path / "saved")["dtype"] == "bfloat16"
+
+
+def test_transformers_open_what_is_written(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import AutoModelForCausalLM
+
+    source = write(tmp_path / "even", tensors(EVEN), {**EVEN, "quantization_config": TABLE})
+    cf.import_model(source, tmp_path / "ours", weights="keep")
+    cf.export_model(tmp_path / "ours", tmp_path / "theirs")
+    # Without a GPU they decode to bfloat16, and say so.
+    state = cf.load(source).state_dict()
+    for folder in ("ours", "theirs"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=torch.bfloat16, **PLAIN)
+        assert torch.equal(model.model.layers[0].mlp.up_proj.weight, state["layers.0.ffn.up.weight"])
+        assert torch.equal(model.model.layers[1].mlp.experts.down_proj, state["layers.1.ffn.down.weight"])
 
 
 def test_the_words_of_the_config_are_kept_even_where_others_would_mean_the_same(

@@ -1,7 +1,6 @@
 """Released FP8 folders open without a GPU, decoded bit by bit as a loop over blocks and as transformers decode."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,12 +15,10 @@ from composeformer.store.loading import read_config
 from composeformer_fp8.codec_blocks import BlocksCodec
 from composeformer_fp8.configs.codec_blocks import Blocks
 
-from .conftest import CONFIG, TABLE, bits, dequantised, quantised, read, tensors, write
+from .conftest import CONFIG, EVEN, PLAIN, TABLE, bits, dequantised, quantised, read, tensors, write
 
 IDS = torch.arange(24).reshape(2, 12) * 7 % 96
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# Their grouped products on a CPU want rows of whole 16 bytes.
-PLAIN: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
 CODEC = BlocksCodec(Blocks())
 
 
@@ -74,20 +71,6 @@ def test_it_computes_what_transformers_compute_with_the_decoded_weights(released
         b = theirs(IDS).logits
         a = cf.load(released, dtype="float32")(IDS).logits
     assert float((a - b).abs().max() / b.abs().max()) <= 1e-5
-
-
-# transformers take a block's rows to be those of the matrix divided by its scales' (5.23), which is wrong for 192 rows.
-EVEN = CONFIG | {
-    "hidden_size": 256,
-    "intermediate_size": 384,
-    "moe_intermediate_size": 128,
-    "q_lora_rank": 128,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 64,
-    "v_head_dim": 64,
-    "num_nextn_predict_layers": 0,
-    "vocab_size": 64,
-}
 
 
 def test_transformers_decode_the_same_folder_to_the_same_logits(tmp_path: Path) -> None:
