@@ -13,7 +13,7 @@ import tomli_w
 
 from composeformer import __version__
 from composeformer.config import facts_of, plain
-from composeformer.contracts import LayerParts, Part
+from composeformer.contracts import Component, LayerParts, Part
 from composeformer.errors import ComposeError, FolderError
 from composeformer.plugins import current
 from composeformer.spec import Spec
@@ -28,24 +28,30 @@ def lock_text(spec: Spec, dialect: str) -> str:
     """The lock of a model as TOML."""
     registry = current().registry
     components: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def entry(component: Component) -> dict[str, Any]:
+        owner = registry.owner(component)
+        made: dict[str, Any] = {
+            "slot": component.slot,
+            "kind": component.kind,
+            "revision": component.revision,
+            "plugin": owner.name,
+            "distribution": owner.distribution,
+            "version": owner.version or "unknown",
+            "values": [],
+        }
+        return components.setdefault((component.slot, component.kind), made)
+
+    formats = spec.formats
     parts = [node.part for node in spec.plan.nodes()] + [p for p in spec.singles.values() if p is not None]
-    for part in parts:
-        owner = registry.owner(part.component)
-        entry = components.setdefault(
-            (part.slot, part.kind),
-            {
-                "slot": part.slot,
-                "kind": part.kind,
-                "revision": part.component.revision,
-                "plugin": owner.name,
-                "distribution": owner.distribution,
-                "version": owner.version or "unknown",
-                "values": [],
-            },
-        )
+    for part in [*parts, *(rule.format for rule in formats.rules)]:
         values = _execution(part)
-        if values and values not in entry["values"]:
-            entry["values"].append(values)
+        held = entry(part.component)["values"]
+        if values and values not in held:
+            held.append(values)
+    # What codes mean is a convention too.
+    for kind in dict.fromkeys(str(formats.tensors[name].codec) for name in formats.coded):
+        entry(registry.get("codec", kind))
     document = {
         "format": FORMAT,
         "composeformer": __version__,

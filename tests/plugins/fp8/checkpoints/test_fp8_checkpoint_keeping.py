@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli
+import tomli_w
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import composeformer as cf
+from composeformer.errors import FolderError
 from composeformer.folder import WeightReader
 from composeformer.store import describe
 from composeformer.store.lock import NATIVE
@@ -113,6 +116,20 @@ def test_verify_finds_a_kept_and_a_decoded_folder_equal_to_their_source(
         found = compose("verify", tmp_path / weights, "--against", released, "--tokens", 8, "--json")
         assert json.loads(found)["equal"]
         assert json.loads(found)["logits"] == 0.0
+
+
+def test_the_lock_names_the_codec_and_what_rules_bring(released: Path, tmp_path: Path) -> None:
+    rule = {"roles": "layers.0.mixer.o", "format": {"kind": "full", "dtype": "bfloat16"}}
+    spec = cf.load(released, weights="keep").spec.with_({"precision.rules": [rule]})
+    cf.save(cf.build(spec), tmp_path / "ours")
+    path = tmp_path / "ours" / "compose.lock"
+    lock = tomli.loads(path.read_text())
+    kinds = {(each["slot"], each["kind"]) for each in lock["components"]}
+    assert {("codec", "f8-128x128"), ("precision", "fp8-block"), ("precision", "full")} <= kinds
+    next(each for each in lock["components"] if each["slot"] == "codec")["revision"] += 1
+    path.write_text(tomli_w.dumps(lock))
+    with pytest.raises(FolderError, match="codec f8-128x128 had revision 2"):
+        cf.load(tmp_path / "ours")
 
 
 def test_verify_names_a_code_that_differs_by_a_bit(released: Path, tmp_path: Path) -> None:

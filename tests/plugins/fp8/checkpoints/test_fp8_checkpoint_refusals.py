@@ -245,3 +245,18 @@ def test_a_spec_that_was_changed_to_codes_does_not_take_plain_weights_for_them(
     write_manifest(tmp_path / "ours")
     with pytest.raises(ComposeError, match="is stored as bfloat16; the spec's precision keeps it as float8_e4m3fn"):
         cf.load(tmp_path / "ours")
+
+
+def test_blocks_of_gguf_are_not_kept(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    for weights in ("keep", "bfloat16"):
+        with pytest.raises(ComposeError, match=f"weights = {weights}: blocks of GGUF are decoded to float32 only"):
+            cf.import_model(tmp_path / "m.gguf", tmp_path / "out", weights=weights)
+
+
+def test_without_the_plugin_the_form_is_unknown(released: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from composeformer.dialects import codings
+
+    monkeypatch.setattr(codings, "load_all", lambda: ())
+    with pytest.raises(ComposeError, match="these weights can not be read; no plugin brings a coding"):
+        cf.load(released)
