@@ -10,10 +10,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import attrs
+import torch
 
 from composeformer import lazy
 from composeformer.contracts import Linear, Weight
-from composeformer.errors import Problem, SpecError, one_of
+from composeformer.errors import InputError, Problem, SpecError, one_of
 from composeformer.parallel import world as worlds
 from composeformer.parallel.world import ALONE, World
 from composeformer.plugins import current
@@ -93,6 +94,9 @@ def place(spec: "Spec", device: str = "cpu") -> Placement:
         if wanted > 1:
             log.info("parallel.expert = %d: there is one process, which holds all experts", wanted)
         return Placement(spec=spec)
+    if torch.device(device).index is not None:
+        told = "each of several processes has a device of its own; name the kind alone"
+        raise InputError(f"device = {device}: {told}")
     if problems := list(_problems(spec, size)):
         raise SpecError(problems)
     world = worlds.world(wanted, device)

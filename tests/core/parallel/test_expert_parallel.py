@@ -33,7 +33,7 @@ from .conftest import (
 )
 
 CLOSE = 1000 * torch.finfo(torch.float64).eps
-few = settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+few = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def assert_equal(many: Sequence[Steps], one: Steps, experts: int, close: float = CLOSE) -> None:
@@ -81,7 +81,7 @@ def assert_close(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], close:
 
 def layouts(size: int) -> list[tuple[int, bool, str]]:
     """Every way to put a model on so many processes: expert groups, sharded or not, by which backend."""
-    kinds = {1: ["local", "collective"], 2: ["collective", "hierarchical"], 4: ["collective", "hierarchical"]}
+    kinds = {1: ["local"], 2: ["collective", "hierarchical"], 4: ["collective", "hierarchical"]}
     found = [
         (experts, shard, kind)
         for ranks, experts in LAYOUTS
@@ -105,9 +105,11 @@ FULL: Plan = [
 def test_three_steps_are_those_of_one_process_at_every_layout(size: int) -> None:
     plan = [bring[:size] for bring in FULL]
     ways = layouts(size)
-    cases = [(spec(*way), plan, 0.5) for way in ways]
-    for way, case, many in zip(ways, cases, together(size, cases), strict=True):
-        assert_equal(many, steps(range(size), *case), way[0])
+    one = steps(range(size), spec(), plan, 0.5)
+    assert min(result.grad_norm for result in one.results) > 0.5
+    many = together(size, [(spec(*way), plan, 0.5) for way in ways])
+    for (experts, _, _), found in zip(ways, many, strict=True):
+        assert_equal(found, one, experts)
 
 
 @few

@@ -134,6 +134,11 @@ def test_a_launcher_that_does_not_say_where_to_meet(monkeypatch: pytest.MonkeyPa
     )
 
 
+def test_a_device_by_number() -> None:
+    (line,) = told(2, lambda rank: cf.build(spec(2), device="cpu:0"))
+    assert line == "device = cpu:0: each of several processes has a device of its own; name the kind alone"
+
+
 def test_a_device_on_which_processes_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "::1"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)

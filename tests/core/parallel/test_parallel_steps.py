@@ -20,7 +20,7 @@ from composeformer.tensors import Batch, ModelOutput
 from composeformer.testing.ranks import on_ranks
 from composeformer.train import TokenBatch, train_step, trainer
 
-from .conftest import Ready, Rows, joined, raw, spec, steps, together
+from .conftest import EPS, LEARNING_RATE, Ready, Rows, joined, raw, spec, steps, together
 from .test_expert_parallel import assert_close, assert_equal, numbers, whole
 
 PLAIN = Rows(2, 7, 2, True, 1)
@@ -170,6 +170,18 @@ def test_a_parameter_of_another_dtype_scalars_and_shared_ones_stay_whole_beside_
     assert hows["layers.0.residual.mixer_norm.weight"] == "whole"
     assert hows["layers.0.ffn.gate.weight"] == "shard"
     assert_equal(many, steps(range(2), *case), 2, close=1000 * torch.finfo(torch.float32).eps)
+
+
+def test_the_shipped_miniature_of_deepseek_in_fp32_by_grouped_products() -> None:
+    shipped = Spec.load("tiny-deepseek-v3", ("parallel.expert=2",)).with_(
+        comm={"kind": "collective"},
+        optimizer={"kind": "adamw", "eps": EPS},
+        train={"learning_rate": LEARNING_RATE},
+    )
+    assert cf.build(shipped, device="meta").choices["layers.1.ffn"]["train"] == "grouped"
+    plan = [[[PLAIN._replace(seed=10 * step + rank)] for rank in range(4)] for step in range(2)]
+    many = together(4, [(shipped, plan)])[0]
+    assert_equal(many, steps(range(4), shipped, plan), 2, close=1000 * torch.finfo(torch.float32).eps)
 
 
 def merged(batches: Sequence[TokenBatch]) -> TokenBatch:
