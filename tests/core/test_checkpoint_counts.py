@@ -15,10 +15,12 @@ import pytest
 
 import composeformer as cf
 from composeformer.costs import checkpoint
+from composeformer.dialects import find
 from composeformer.folder import WeightReader
 from composeformer.formats import BITS
 from composeformer.spec import Spec, shipped
 
+DATA = Path(__file__).parents[1] / "data"
 RELEASED = {"kind": "fp8-block", "weights": "float8_e4m3fn"}
 SCALES, ROUTER_BIAS = 41_540_496, 15_104
 
@@ -33,6 +35,17 @@ def test_the_released_deepseek_v3_is_counted_exactly() -> None:
         "float32": SCALES + ROUTER_BIAS,
     }
     assert found.bytes == 688_574_839_360
+
+
+def test_the_released_config_says_so_itself() -> None:
+    """From its config.json alone: the architecture, the form of the weights, what they are, the same words again."""
+    config = json.loads((DATA / "released_moe_configs.json").read_text())["deepseek-v3"]
+    dialect = find(config)
+    stated = dialect.stated(config)
+    assert stated is not None
+    spec = Spec.from_dict(dialect.to_spec(config)).with_({"precision": dict(stated.precision)})
+    assert checkpoint(spec).bytes == 688_574_839_360
+    assert dialect.to_config(spec)["quantization_config"] == config["quantization_config"]
 
 
 def test_scales_of_whole_blocks_alone_would_be_fewer() -> None:
