@@ -83,7 +83,7 @@ class Placement:
 
 
 def place(spec: "Spec", device: str = "cpu") -> Placement:
-    """Where a model of this spec goes: over the processes that met, whom torchrun's are let to by this.
+    """Where a model of this spec goes: over the processes that met; those that torchrun started meet now.
 
     Raises SpecError for numbers of processes that do not fit or a `comm` that can not, InputError where processes
     can not meet, or differ in what they are about to build.

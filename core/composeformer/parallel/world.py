@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 # What PyTorch's `env://` reads; torchrun sets them all.
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -108,7 +109,8 @@ class World:
 
 
 ALONE = World()
-_started = False
+# The kind of device that this module let the processes meet for.
+_started: str | None = None
 _worlds: dict[tuple[int, str], tuple[object, World]] = {}
 
 
@@ -119,38 +121,40 @@ def start(device: str = "cpu") -> None:
     lacks, or a launcher that does not say where to meet.
     """
     global _started
+    kind = torch.device(device).type
+    kind = "cpu" if kind == "meta" else kind
     if dist.is_available() and dist.is_initialized():
+        if _started == "cpu" and kind != "cpu":
+            told = "processes have met over gloo for the cpu; composeformer.parallel.stop() parts them"
+            raise InputError(f"device = {device}: {told}")
         return
     if int(os.environ.get("WORLD_SIZE") or 1) < 2:
         return
     missing = [name for name in VARIABLES if not os.environ.get(name)]
     if missing:
-        told = f"WORLD_SIZE = {os.environ['WORLD_SIZE']}, but {one_of(missing)} is not set"
+        told = f"WORLD_SIZE = {os.environ['WORLD_SIZE']}, but there is no {one_of(missing)}"
         raise InputError(f"{told}: processes are started by torchrun, or must say where they meet")
-    kind = torch.device(device).type
-    kind = "cpu" if kind == "meta" else kind
-    backends = {"cpu": "gloo", "cuda": "nccl"}
-    backend = backends.get(kind)
+    backend = BACKENDS.get(kind)
     if backend is None:
-        raise InputError(f"device = {device}: no way for processes to meet; there are {one_of(backends)}")
+        raise InputError(f"device = {device}: no way for processes to meet; there are {one_of(BACKENDS)}")
     if not dist.is_available() or not dist.is_backend_available(backend):
         told = f"processes on {kind} meet over {backend}, which this build of PyTorch lacks"
         raise InputError(f"device = {device}: {told}")
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         # What is no model's tensor travels on the cpu.
-        backend = "cpu:gloo,cuda:nccl"
+        backend = f"cpu:{BACKENDS['cpu']},cuda:{backend}"
     dist.init_process_group(backend)
-    _started = True
+    _started = kind
     atexit.register(stop)
 
 
 def stop() -> None:
     """Ends what `start` began; nothing where the program itself let the processes meet."""
     global _started
-    if _started and dist.is_initialized():
+    if _started is not None and dist.is_initialized():
         dist.destroy_process_group()
-    _started = False
+    _started = None
     _worlds.clear()
 
 

@@ -129,7 +129,7 @@ def test_a_launcher_that_does_not_say_where_to_meet(monkeypatch: pytest.MonkeyPa
     with pytest.raises(InputError) as caught:
         cf.build(spec(2), device="meta")
     assert caught.value.lines == (
-        "WORLD_SIZE = 2, but RANK, MASTER_ADDR, MASTER_PORT is not set: processes are started by torchrun, or must "
+        "WORLD_SIZE = 2, but there is no RANK, MASTER_ADDR, MASTER_PORT: processes are started by torchrun, or must "
         "say where they meet",
     )
 
@@ -153,12 +153,29 @@ def test_a_device_on_which_processes_do_not_meet(monkeypatch: pytest.MonkeyPatch
         start()
 
 
-def test_what_the_environment_says_is_enough_and_is_undone() -> None:
-    def run(rank: int, folder: str) -> tuple[bool, bool, int]:
-        os.environ |= {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-        start()
-        alone = dist.is_initialized()
-        stop()
-        return alone, dist.is_initialized(), cf.build(spec(2), device="meta").placement.world.size
+def test_processes_meet_where_the_environment_says_and_part() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
-    assert on_ranks(1, run, "", gloo=False) == [(False, False, 1)]
+    def run(rank: int) -> list[Any]:
+        where = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+        os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), **where}
+        world = cf.build(spec(2), device="meta").placement.world
+        with pytest.raises(InputError) as caught:
+            start("cuda")
+        stop()
+        return [(world.rank, world.size, world.experts), dist.is_initialized(), str(caught.value)]
+
+    met = "device = cuda: processes have met over gloo for the cpu; composeformer.parallel.stop() parts them"
+    assert on_ranks(2, run, gloo=False) == [[(0, 2, 2), False, met], [(1, 2, 2), False, met]]
+
+
+def test_one_process_needs_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    start()
+    stop()
+    assert not dist.is_initialized()
+    assert cf.build(spec(2), device="meta").placement.world.size == 1

@@ -161,7 +161,7 @@ def test_gradients_travel_once_a_step_whatever_its_micro_batches() -> None:
         assert set(one.values()) == {one["all_reduce"], 4}
 
 
-def test_a_parameter_of_another_dtype_scalars_and_shared_ones_stay_whole_beside_shards() -> None:
+def test_parameters_of_another_dtype_stay_whole_beside_shards() -> None:
     rules = [{"roles": "*norm", "format": {"kind": "full", "dtype": "float32"}}]
     mixed = spec(2).with_({"precision.rules": rules})
     case = (mixed, [[[PLAIN], [PLAIN._replace(seed=3)]]] * 2)
@@ -214,6 +214,7 @@ def test_scaled_formats_give_the_gradients_of_experts_bit_by_bit(kind: str, shar
     rest = {name: each for name, each in whole(apart.gradients).items() if name not in experts}
     eps = 1000 * torch.finfo(torch.float32).eps
     assert_close({name: got[name] for name in rest}, rest, eps)
+    norm = sum(float(each.double().square().sum()) for each in got.values()) ** 0.5
     for here in many:
         assert here.results[0].loss == pytest.approx(one.results[0].loss, rel=eps)
-        assert here.results[0].grad_norm == pytest.approx(apart.results[0].grad_norm, rel=0.02)
+        assert here.results[0].grad_norm == pytest.approx(norm, rel=eps)

@@ -1,6 +1,7 @@
 """Which process holds what: expert groups in order, everything stored of a stack, the same values as in one process."""
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -8,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import composeformer as cf
+from composeformer.assemble import Builder
 from composeformer.contracts import Constant, Linear, Normal, Weight
 from composeformer.errors import InputError
 from composeformer.filling import check_room, places
 from composeformer.init import initial
-from composeformer.parallel import Placement, World
+from composeformer.parallel import Placement, World, place
 from composeformer.parallel.pieces import is_shard, local, span
+from composeformer.parallel.sharding import shard
 from composeformer.spec import Spec
 from composeformer.testing.ranks import on_ranks
 from composeformer.train import trained, trainer
@@ -22,6 +25,7 @@ from .conftest import raw, spec
 
 EXPERTS = 8
 STACK = "layers.1.ffn.up.weight"
+MAPS = ("gate", "up", "down")
 
 
 @settings(deadline=None)
@@ -80,6 +84,21 @@ def test_shards_are_cut_as_pytorch_cuts(rows: int, size: int) -> None:
         assert list(range(rows))[start:stop] == wanted
 
 
+def test_scalars_and_what_two_units_share_are_not_sharded() -> None:
+    def run(rank: int) -> set[str]:
+        placement = place(spec(2))
+        model = Builder(placement.spec, "cpu", Placement(spec=placement.spec, world=placement.world)).model()
+        layers: Any = model.layers
+        layers[1].residual.mixer_norm.weight = layers[0].residual.mixer_norm.weight
+        layers[0].ffn.temperature = torch.nn.Parameter(torch.empty((), device="meta"))
+        shard(model, placement)
+        return {name for name, p in model.named_parameters(remove_duplicate=False) if not is_shard(p)}
+
+    stacks = {f"{path}.ffn.{name}.weight" for path in ("layers.1", "predictor.depths.0") for name in MAPS}
+    shared = {f"layers.{number}.residual.mixer_norm.weight" for number in (0, 1)}
+    assert on_ranks(2, run) == [stacks | shared | {"layers.0.ffn.temperature"}] * 2
+
+
 def test_one_process_holds_all_experts_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "composeformer.parallel"):
         model = cf.build(spec(4), device="meta")
@@ -88,10 +107,10 @@ def test_one_process_holds_all_experts_and_says_so(caplog: pytest.LogCaptureFixt
     assert not model.placement.spread
 
 
-@pytest.mark.parametrize("shard", [False, True])
-def test_a_model_on_the_meta_device_has_the_shapes_of_this_process(shard: bool) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_model_on_the_meta_device_has_the_shapes_of_this_process(sharded: bool) -> None:
     def run(rank: int) -> tuple[bool, tuple[int, ...], tuple[int, ...], bool, list[str]]:
-        model = cf.build(spec(2, shard), device="meta")
+        model = cf.build(spec(2, sharded), device="meta")
         state = model.state_dict()
         norm = state["residual.norm.weight"]
         there = all(local(tensor).is_meta for tensor in state.values())
@@ -99,7 +118,7 @@ def test_a_model_on_the_meta_device_has_the_shapes_of_this_process(shard: bool) 
 
     names = list(cf.build(spec(), device="meta").state_dict())
     for found in on_ranks(2, run):
-        assert found == (True, (4, 8, 16), (8 if shard else 16,), shard, names)
+        assert found == (True, (4, 8, 16), (8 if sharded else 16,), sharded, names)
 
 
 def test_memory_is_checked_for_what_a_process_holds(monkeypatch: pytest.MonkeyPatch) -> None:
