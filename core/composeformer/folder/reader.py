@@ -37,7 +37,7 @@ class WeightReader:
 
     def __init__(self, folder: Path, *, one_file: bool = False) -> None:
         self.folder = Path(folder)
-        self._one_file = one_file
+        self.one_file = one_file
         self._closed = False
         self._handles: dict[str, Any] = {}
         found: dict[str, TensorInfo] = {}
@@ -88,9 +88,9 @@ class WeightReader:
             raise FolderError(f"{self.folder}: holds no tensor {name!a}{hint}")
         if self._closed:
             raise ValueError(f"{self.folder}: the reader is closed")
-        if info.file not in self._handles:
-            self._handles.clear()
-            self._handles[info.file] = _open(self.folder / info.file)
+        if info.file not in self._handles or (self.one_file and len(self._handles) > 1):
+            held = self._handles.get(info.file)
+            self._handles = {info.file: _open(self.folder / info.file) if held is None else held}
         return self._handles[info.file]
 
 

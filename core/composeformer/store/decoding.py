@@ -92,6 +92,8 @@ class Decoded:
     def __init__(self, reader: WeightReader, held: Mapping[str, Held], dtype: torch.dtype) -> None:
         self.folder = reader.folder
         self.dtype = dtype
+        # All that is given is a copy, so that no page of a file that was gone through has to stay.
+        reader.one_file = True
         self._reader = reader
         self._held = held
 
@@ -142,7 +144,7 @@ class Decoded:
         held = self._held.get(name)
         whole = groups == slice(None)
         if held is None:
-            return self._reader.get(name) if whole else self._reader.get_slice(name)[groups]
+            return self._reader.get(name).clone() if whole else self._reader.get_slice(name)[groups].clone()
         parts = [
             self._reader.get(part.name) if whole else self._reader.get_slice(part.name)[groups]
             for part in held.parts

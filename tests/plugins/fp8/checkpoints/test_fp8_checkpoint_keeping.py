@@ -1,6 +1,7 @@
 """Codes and scales are kept: import, export, save and import again change no bit, and no word of the config."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from composeformer.store.lock import NATIVE
 from .conftest import CONFIG, E4M3, EVEN, PLAIN, TABLE, Change, bits, dequantised, read, same, tensors, write
 
 IDS = torch.arange(24).reshape(2, 12) * 7 % 96
+COPIES = {
+    "model.layers.2.embed_tokens.weight": "model.embed_tokens.weight",
+    "model.layers.2.shared_head.head.weight": "lm_head.weight",
+}
 Make = Callable[[Change], Path]
 Compose = Callable[..., str]
 
@@ -219,6 +224,36 @@ def test_modules_that_are_not_converted_stay_as_they_are(changed: Make, tmp_path
     cf.export_model(tmp_path / "saved", tmp_path / "theirs")
     cf.import_model(tmp_path / "theirs", tmp_path / "again", weights="keep")
     assert same(read(tmp_path / "again"), read(folder))
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.data())
+def test_any_folder_of_whole_tensors_is_held_as_it_is_stored(
+    released: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Each map plain or not, and each plain tensor in any dtype; the experts of a stack alike."""
+    found = read(released)
+    kinds = st.sampled_from([None, None, torch.bfloat16, torch.float32, torch.float16])
+    stacks: dict[str, torch.dtype | None] = {}
+    for name in sorted(found):
+        if name not in found or name.endswith("_scale_inv"):
+            continue
+        stack = re.sub(r"experts\.\d+", "experts", name)
+        if stack not in stacks:
+            stacks[stack] = data.draw(kinds, stack)
+        dtype = stacks[stack]
+        if f"{name}_scale_inv" in found:
+            if dtype is not None:
+                plainly(found, [name], dtype)
+        elif dtype is not None and not name.endswith("e_score_correction_bias") and "layers.2." not in name:
+            found[name] = found[name].to(dtype)
+    for copy, name in COPIES.items():
+        found[copy] = found[name].clone()
+    root = tmp_path_factory.mktemp("any")
+    folder = write(root / "a", found, {**CONFIG, "quantization_config": TABLE})
+    model = cf.load(folder, weights="keep")
+    cf.save(model, root / "b")
+    assert same(read(root / "b"), found)
 
 
 def test_what_is_stored_in_another_dtype_stays_in_it(changed: Make, tmp_path: Path) -> None:
