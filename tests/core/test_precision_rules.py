@@ -154,3 +154,19 @@ def test_a_folder_keeps_its_rules(tmp_path: Path) -> None:
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert a.dtype == b.dtype, name
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("kind", ["full", "bf16"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_a_folder_that_opens_decoded_has_no_rules_left(tmp_path: Path, kind: str, weights: str) -> None:
+    """Not even where its policy is the very one that it opens in, whose fields a change would keep."""
+    model = build(with_rules(("layers.*.mixer.o", "int8"), kind=kind), seed=0)
+    save(model, tmp_path / "kept")
+    again = load(tmp_path / "kept", weights=weights)
+    assert not again.spec.formats.rules
+    assert not again.spec.formats.coded
+    fixed = {name for name, weight in again.spec.plan.tensors.items() if weight.dtype is not None}
+    for name, tensor in again.state_dict().items():
+        assert tensor.dtype == (torch.float32 if name in fixed else getattr(torch, weights)), name
+    exact = model.layers[1].mixer.o.matrix()  # type: ignore[union-attr, index]
+    assert torch.equal(again.get_parameter("layers.1.mixer.o.weight"), exact.to(getattr(torch, weights)))

@@ -222,10 +222,12 @@ def as_stored(spec: Spec, found: Mapping[str, TensorInfo]) -> Spec:
 
 
 def in_full(spec: Spec, dtype: str) -> Spec:
-    """The spec with the default precision policy in this dtype."""
+    """The spec with the default precision policy in this dtype, and no rules."""
     default = spec.registry.default("precision")
     assert default is not None, "a spec without a default has a precision of its own, or is none"
-    return spec.with_({"precision": {"kind": default.kind, "dtype": dtype}})
+    # Under its own kind a policy keeps what is not set anew.
+    rules: dict[str, Any] = {"rules": []} if spec.formats.rules else {}
+    return spec.with_({"precision": {"kind": default.kind, "dtype": dtype, **rules}})
 
 
 def shapes(source: Tensors) -> dict[str, tuple[int, ...]]:

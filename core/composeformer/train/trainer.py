@@ -10,6 +10,8 @@ from composeformer.decoder import Model
 from composeformer.errors import InputError, Problem, SpecError
 from composeformer.site import Site
 from composeformer.spec import Spec
+from composeformer.spec.resolve import place
+from composeformer.spec.scanner import dotted
 from composeformer.train.after import path_of
 from composeformer.train.roles import MakeOptimizer, Objective, Trained
 
@@ -17,13 +19,30 @@ from composeformer.train.roles import MakeOptimizer, Objective, Trained
 def trainer(model: Model, spec: Spec | None = None) -> tuple[Objective, Optimizer]:
     """The objective and the optimizer of `spec`, by default the model's own, over the model's parameters.
 
-    Raises SpecError where the spec has none, or an implementation that was asked for can not serve.
+    Raises SpecError where the spec has none, an implementation that was asked for can not serve, or the model's
+    precision stores weights as codes.
     """
     spec = model.spec if spec is None else spec
+    refuse_codes(model.spec)
     objective, optimizer = spec.single("objective"), spec.single("optimizer")
     made: Objective = _load(objective, model, spec)(objective.config)
     make: MakeOptimizer = _load(optimizer, model, spec)
     return made, make(optimizer.config, trained(model), spec.train.learning_rate)
+
+
+def refuse_codes(spec: Spec) -> None:
+    """Raises SpecError where a precision policy stores weights as codes, which do not train."""
+    formats = spec.formats
+    if not formats.coded:
+        return
+    first, *others = formats.coded
+    policy = formats.decides(first.rpartition(".")[0])
+    default = spec.registry.default("precision")
+    plain = "" if default is None else f", such as {default.kind}"
+    named = f"{first} and {len(others)} more weights are" if others else f"{first} is"
+    told = f"{named} stored as codes, which do not train; train under a precision that stores weights plainly{plain}"
+    path = place(spec.document, policy.paths, "kind")
+    raise SpecError([Problem(dotted(path), policy.kind, told, None, spec.document.source(path))])
 
 
 def trained(model: Model) -> list[Trained]:

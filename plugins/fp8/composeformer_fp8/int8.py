@@ -20,6 +20,7 @@ from composeformer.contracts import Linear
 from composeformer.errors import InputError
 from composeformer.tensors import DTYPES
 from composeformer_fp8.configs.int8 import LARGEST, Int8, Rows
+from composeformer_fp8.kept import Kept
 from composeformer_fp8.numbers import SMALLEST_SCALE
 from composeformer_fp8.plain import High, ragged
 
@@ -61,7 +62,7 @@ class RowsCodec:
         return None if bool(good.all()) else "a scale that is not finite and positive"
 
 
-class IntegerLinear(nn.Module):
+class IntegerLinear(Kept):
     """A linear map, or a stack of them, of integers and scales. It computes, and refuses gradients."""
 
     bias: nn.Parameter | None

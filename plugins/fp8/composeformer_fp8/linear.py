@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from composeformer_fp8.emulate import Emulated, Held
+from composeformer_fp8.kept import Kept
 
 
 class Scaled(nn.Module):
@@ -64,7 +65,7 @@ class Scaled(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-class Coded(Scaled):
+class Coded(Kept, Scaled):
     """A map whose weight is stored as codes, and their scales beside them: multiplied as they are."""
 
     def __init__(
