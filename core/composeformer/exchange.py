@@ -6,7 +6,8 @@ them, or None where there is one process. Rank r of R owns groups r G/R to (r + 
 
 The part chooses experts and computes them; a backend moves rows, and may cut them into chunks or compute
 `beside` while they travel. Every rank runs the same collectives in the same order whatever the routing, forward
-and backward. The config of a `comm` component declares its bytes: `composeformer.costs.ledger.CommConfig`.
+and backward. The config of a `comm` component declares its bytes: `composeformer.costs.ledger.CommConfig`. One that
+says `processes = "one"` is refused where several processes share experts.
 
 Shapes: N tokens of this process, D features, K experts a token, M rows, E experts of this process.
 """

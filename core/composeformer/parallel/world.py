@@ -7,7 +7,7 @@ where they can. Ranks of equal place in their groups hold the same experts.
 import atexit
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from composeformer.errors import InputError, one_of
-from composeformer.parallel.words import Words, shared_words, told_by_first
+from composeformer.parallel.words import Words, gathered, shared_words, told_by_first
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +102,10 @@ class World:
         """
         if self.size > 1:
             shared_words(Words(words), what, self.rank, self.size, self.device)
+
+    def every(self, text: str) -> Sequence[str]:
+        """Every process's text, in their order."""
+        return [text] if self.size == 1 else gathered(text, self.size, self.device)
 
     def first(self, text: str | None) -> str:
         """The text that the first process gives, in every process."""

@@ -17,7 +17,7 @@ from composeformer.tensors import Aux, Batch, Output
 from composeformer.testing.ranks import on_ranks
 from composeformer.train import train_step, trainer
 
-from .conftest import Rows, spec
+from .conftest import VOCAB, Rows, spec
 
 BATCH = Rows(2, 5, 0, False, 0)
 
@@ -86,6 +86,21 @@ def test_other_numbers_of_micro_batches(numbers: tuple[int, int], said: str) -> 
     assert line == (
         f"processes bring {said} micro-batches to a step: must be the same number, of padding where need be"
     )
+
+
+def test_a_batch_that_one_process_can_not_take_ends_all_and_the_next_step_goes_on() -> None:
+    def run(rank: int) -> tuple[tuple[str, ...], str | None]:
+        model = cf.build(spec(2))
+        parts = trainer(model)
+        bad = BATCH.batch()
+        if rank:
+            bad.ids[1, 3] = VOCAB
+        with pytest.raises(InputError) as caught:
+            train_step(model, [BATCH.batch(), bad], *parts, step=0)
+        return caught.value.lines, train_step(model, [BATCH.batch()], *parts, step=0).skipped
+
+    line = f"process 1: token id {VOCAB} at row 1, position 3: must be 0 to {VOCAB - 1}"
+    assert on_ranks(2, run) == [((line,), None)] * 2
 
 
 def test_no_micro_batch_anywhere() -> None:
