@@ -226,7 +226,7 @@ def test_modules_that_are_not_converted_stay_as_they_are(changed: Make, tmp_path
     assert same(read(tmp_path / "again"), read(folder))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_any_folder_of_whole_tensors_is_held_as_it_is_stored(
     released: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -297,7 +297,7 @@ def test_a_folder_that_announces_codes_and_stores_none_is_read_as_it_is(
 sizes = st.integers(1, 260)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(sizes, sizes, sizes, st.integers(1, 3), st.booleans())
 @example(17, 1, 1, 1, False)  # most elements are no codes, and bfloat16
 def test_export_and_import_are_inverse_whatever_the_sizes(

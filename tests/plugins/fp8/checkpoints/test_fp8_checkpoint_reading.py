@@ -1,6 +1,9 @@
 """Released FP8 folders open without a GPU, decoded bit by bit as a loop over blocks and as transformers decode."""
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,6 +164,22 @@ def test_other_families_read_the_same_form(tmp_path: Path) -> None:
 def test_text_is_generated_from_such_a_folder(released: Path) -> None:
     (found,) = cf.generate(cf.load(released), [[1, 2, 3]], max_new_tokens=4)
     assert len(found.ids) == 4
+
+
+def test_the_command_line_generates_from_such_a_folder(released: Path, tmp_path: Path, compose: Any) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {f"w{i}": i for i in range(96)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    folder = tmp_path / "with_tokenizer"
+    shutil.copytree(released, folder)
+    made.save(str(folder / "tokenizer.json"))
+    arguments = ("--prompt", "w1 w2 w3", "--max-new-tokens", 4)
+    found = json.loads(compose("generate", folder, *arguments, "--json"))
+    compose("import", folder, "-o", tmp_path / "ours", "--weights", "bfloat16")
+    assert json.loads(compose("generate", tmp_path / "ours", *arguments, "--json")) == found
+    compose("import", folder, "-o", tmp_path / "kept", "--weights", "keep")
+    assert compose("generate", tmp_path / "kept", *arguments).strip()
 
 
 def test_a_word_that_says_nothing_of_codes_is_refused(released: Path, tmp_path: Path) -> None:
