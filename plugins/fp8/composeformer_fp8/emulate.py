@@ -2,8 +2,13 @@
 
 A partial sum is that of `chunk` products: computed in fp64, where 43 bits hold any sum of 128 products of codes, so
 that its order does not matter; rounded to fp32; multiplied by the scale of the left operand, then of the right; added
-in fp32 to those before it. An accumulator of 14 bits (arXiv 2412.19437, section 3.3.2) instead takes 32 products at
-a time, exactly, and truncates after each.
+in fp32 to those before it.
+
+An accumulator of fewer than 24 bits is that of Hopper's tensor cores (14 bits: arXiv 2412.19437, sections 3.3.2 and
+3.5.2; modelled bit for bit in arXiv 2511.10909). 32 products and the sum so far are shifted to the largest exponent
+among them, that of a product being the sum of its factors'; of each, what is then below `bits` bits is cut off; the
+rest is added exactly, and the sum cut to `bits` significant bits. (To a device the exponent of a subnormal code is that
+of the smallest normal one.)
 
 A group's products are those of its rows alone, so groups are independent.
 
@@ -23,6 +28,8 @@ from composeformer_fp8.quantise import Block, quantise, spread, values
 
 # What one instruction of the tensor cores adds up before it truncates.
 INSTRUCTION = 32
+# Products that are held at once, each alone.
+STRIP = 2**21
 
 Held = tuple[Tensor, ...]
 # What picks a group from a stack: its number, or nothing.
@@ -113,6 +120,9 @@ def product(a: Operand, b: Operand, recipe: Recipe) -> Float[Tensor, "R S"]:
     left, right = _per_row(a), _per_row(b)
     a_RK, b_SK = values(a.codes, torch.float64), values(b.codes, torch.float64)
     total = a_RK.new_zeros(len(a_RK), len(b_SK), dtype=torch.float32 if recipe.promoted else torch.float64)
+    if not recipe.promoted and left.shape[1] == right.shape[1] == 1:
+        # One scale for all of the reduction waits until its end.
+        return (_add(total, a_RK, b_SK, recipe.bits) * left.double() * right.double().mT).float()
     for number, start in enumerate(range(0, length, recipe.chunk)):
         chunk = slice(start, start + recipe.chunk)
         scale_R, scale_S = left[:, number % left.shape[1], None], right[:, number % right.shape[1]]
@@ -128,9 +138,27 @@ def _add(total: Tensor, a: Tensor, b: Tensor, bits: int) -> Tensor:
     """total + a b^T in an accumulator of `bits` significant bits."""
     if bits >= 24:
         return total + a @ b.mT
-    for start in range(0, a.shape[1], INSTRUCTION):
-        total = truncated(total + a[:, start : start + INSTRUCTION] @ b[:, start : start + INSTRUCTION].mT, bits)
-    return total
+    rows = max(STRIP // (INSTRUCTION * max(len(b), 1)), 1)
+    strips = zip(torch.split(total, rows), torch.split(a, rows), strict=True)
+    return torch.cat([_aligned(each, left, b, bits) for each, left in strips])
+
+
+def _aligned(total_RS: Tensor, a_RK: Tensor, b_SK: Tensor, bits: int) -> Tensor:
+    """The same, by one instruction for each 32 of the reduction."""
+    for start in range(0, a_RK.shape[1], INSTRUCTION):
+        chunk = slice(start, start + INSTRUCTION)
+        a_R1K, b_1SK = a_RK[:, None, chunk], b_SK[None, :, chunk]
+        exponents_RSK = _exponent(a_R1K) + _exponent(b_1SK)
+        largest_RS = torch.maximum(exponents_RSK.amax(-1), _exponent(total_RS))
+        unit_RS = torch.exp2((largest_RS - (bits - 1)).double())
+        products_RSK = ((a_R1K * b_1SK) / unit_RS[..., None]).trunc_()
+        total_RS = truncated((products_RSK.sum(-1) + (total_RS / unit_RS).trunc_()) * unit_RS, bits)
+    return total_RS
+
+
+def _exponent(x: Tensor) -> Tensor:
+    """That of a significand in [1, 2); of zero one below all others."""
+    return torch.frexp(x)[1].sub_(1).masked_fill_(x == 0, -500)
 
 
 def truncated(x: Float[Tensor, "*S"], bits: int) -> Float[Tensor, "*S"]:

@@ -25,8 +25,9 @@ class Recipe:
     `ue8m0` (powers of two, exact to repeat) or `mx` (powers of two, by OCP MX).
 
     Products accumulate exactly over `chunk` of the reduction, are rounded to fp32 once, scaled, and added up in
-    fp32. With `promoted` false nothing is rounded until the end; an accumulator of fewer than 24 `bits` truncates
-    after each 32 products. `stored` says that the weight comes as codes and scales, as they are.
+    fp32. With `promoted` false nothing is rounded until the end; an accumulator of fewer than 24 `bits` takes 32
+    products at a time, and cuts each and the sum to that many. `stored` says that the weight comes as codes and
+    scales, as they are.
     """
 
     tile: int
@@ -91,8 +92,12 @@ class Recipe:
         return hypot(a.spread, self.weights.spread)
 
     def accumulation_error(self, inputs: int) -> float:
-        """The same for the accumulation alone, in units of sum_k |q_k s_k| |q'_k s'_k|."""
-        narrow = 0.0 if self.bits >= 24 else 2.0 ** -(self.bits - 1)
+        """The same for the accumulation alone, in units of sum_k |q_k s_k| |q'_k s'_k|.
+
+        A narrow accumulator cuts 34 times for 32 products, each time less than its last bit; and no product, and no sum
+        so far, is above the magnitudes' sum.
+        """
+        narrow = 0.0 if self.bits >= 24 else 34 * 2.0 ** -(self.bits - 1)
         if not self.promoted:
             return narrow * ceil(inputs / 32) + 2.0**-23
         return narrow * ceil(self.chunk / 32) + (ceil(inputs / self.chunk) + 3) * 2.0**-24

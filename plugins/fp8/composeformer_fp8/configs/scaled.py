@@ -108,7 +108,7 @@ class FP8(Scaled):
         choices=(24, 14),
         affects="execution",
         unit="bits",
-        help="Significant bits of partial sums: 24 rounds once, 14 truncates after each 32, much as an H800 does.",
+        help="Significant bits of partial sums: 24 rounds once; 14 cuts each product and sum, as an H800 does.",
     )
 
     @property
