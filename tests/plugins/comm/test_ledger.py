@@ -241,9 +241,7 @@ def test_ledgers_are_compared_shown_and_cut():
         ledger.add(step, "metadata", "self", 0, 0)
     assert one != two
     assert one != "a ledger"
-    assert one.only("payload") == two.only("payload") or one.volume(content="payload") != two.volume(
-        content="payload"
-    )
+    assert one.only("payload") != two.only("payload")
     assert one.only("scales") == two.only("scales")
     assert one.volume() == Volume(5, 1)
     assert one.rows() == [
