@@ -48,9 +48,11 @@ class MomentAdamW(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As PyTorch's, but moments stay in their dtype instead of the weights'."""
+        """As PyTorch's, but moments come in the dtype of their group here, not in that of weights or of the saved group."""
+        own = [group["moment"] for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+        for group, moment, saved in zip(self.param_groups, own, state_dict["param_groups"], strict=True):
+            group["moment"] = moment
             for parameter, key in zip(group["params"], saved["params"], strict=True):
                 # PyTorch has cast them to the weights' dtype by now, which may have lost bits.
                 whole = state_dict["state"].get(key, {})
@@ -68,6 +70,8 @@ class MomentAdamW(Optimizer):
         step, (beta1, beta2) = float(state["step"]), group["betas"]
         wide = torch.promote_types(parameter.dtype, torch.float32)
         assert parameter.grad is not None
+        if parameter.grad.is_sparse:
+            raise RuntimeError("AdamW takes dense gradients only")
         gradient = parameter.grad.to(wide)
         mean = state["exp_avg"].to(wide).mul_(beta1).add_(gradient, alpha=1 - beta1)
         square = state["exp_avg_sq"].to(wide).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)

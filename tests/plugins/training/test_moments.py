@@ -1,6 +1,7 @@
 """AdamW with moments in a dtype of their own: the same algorithm, rounded only where it is kept."""
 
 import copy
+from functools import partial
 
 import attrs
 import pytest
@@ -107,6 +108,61 @@ def test_resumed_is_never_stopped(dtype: torch.dtype, moment: str) -> None:
     state = resumed.state[again.parameter]
     assert state["exp_avg"].dtype == getattr(torch, moment)
     assert torch.equal(run(resumed, again, steps[3:]), expected)
+
+
+@pytest.mark.parametrize("moment", ["float32", "bfloat16"])
+def test_a_state_is_read_into_the_dtype_that_the_policy_says_now(moment: str) -> None:
+    """Whatever dtype moments were saved in, and by whom: PyTorch's own AdamW says none."""
+    steps = gradients(3, torch.float32)
+    for other in ("bfloat16", "float32"):
+        before, after = one(torch.float32, other), one(torch.float32, moment)
+        optimizer = make(AdamW(), [before], 0.1)
+        run(optimizer, before, steps)
+        resumed = make(AdamW(), [after], 0.1) if moment != "float32" else narrow(after)
+        resumed.load_state_dict(optimizer.state_dict())
+        state, saved = resumed.state[after.parameter], optimizer.state[before.parameter]
+        assert resumed.param_groups[0].get("moment") == moment
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert state[name].dtype == getattr(torch, moment)
+            assert torch.equal(state[name], saved[name].to(getattr(torch, moment)))
+
+
+def narrow(trained: Trained) -> MomentAdamW:
+    """Ours even where moments have the weights' dtype."""
+    return MomentAdamW([{"params": [(trained.name, trained.parameter)], "moment": "float32"}], 0.1, (0.9, 0.95), 1e-8)
+
+
+@pytest.mark.parametrize("moment", ["float32", "bfloat16"])
+def test_schedules_closures_and_missing_gradients_are_pytorchs(moment: str) -> None:
+    ours, theirs = ([nn.Parameter(torch.full((2,), float(n))) for n in (1, 2)] for _ in range(2))
+    optimizer = MomentAdamW([{"params": ours, "moment": moment}], 0.1, (0.0, 0.0), 1e-8)
+    judge = TorchAdamW(theirs, lr=0.1, betas=(0.0, 0.0), eps=1e-8, weight_decay=0.0)
+    for step in range(4):
+        losses = []
+        for each, (first, second) in ((optimizer, ours), (judge, theirs)):
+            each.param_groups[0]["lr"] = 0.1 / (step + 1)
+
+            losses.append(each.step(partial(closure, each, first, second if step % 2 else torch.zeros(2))))
+        assert losses[0] == losses[1]
+    for a, b in zip(ours, theirs, strict=True):
+        # Without decay of the moments none that was rounded is ever read.
+        assert torch.allclose(a, b, rtol=1e-6)
+    assert float(optimizer.state[ours[1]]["step"]) == 2
+
+
+def closure(optimizer: torch.optim.Optimizer, first: Tensor, second: Tensor) -> float:
+    """A loss that may leave the second without a gradient."""
+    optimizer.zero_grad()
+    loss = (first.square() + second).sum()
+    loss.backward()
+    return float(loss.detach())
+
+
+def test_sparse_gradients_are_refused() -> None:
+    table = nn.Embedding(4, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="dense gradients only"):
+        MomentAdamW([{"params": [table.weight]}], 0.1, (0.9, 0.95), 1e-8).step()
 
 
 def test_weights_that_decay_and_those_that_do_not_stay_apart() -> None:
