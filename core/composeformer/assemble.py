@@ -238,8 +238,8 @@ def build(
 ) -> Model:
     """A model with initial values, from a spec, its path or its shipped name.
 
-    On the device `meta` it has shapes only. A `dtype` is that of the default precision policy, where the spec
-    states no other. `progress(done, total)` counts tensors. Over several processes each builds what it holds, of
+    On the device `meta` it has shapes only. A `dtype` puts the default precision policy, in it, in place of the
+    spec's. `progress(done, total)` counts tensors. Over several processes each builds what it holds, of
     the same values for the same seed. Raises ComposeError.
     """
     model = skeleton(Spec.load(spec, tuple(overrides)), device=device, dtype=dtype)
@@ -266,15 +266,14 @@ def skeleton(spec: Spec, *, device: str = "cpu", dtype: str | None = None) -> Mo
 
 
 def in_dtype(spec: Spec, dtype: str) -> Spec:
-    """The spec with the default precision policy in this dtype. Raises InputError where it states another."""
+    """The spec in one dtype: that of the default precision policy, whatever policy it states.
+
+    Raises InputError where that policy has no such dtype.
+    """
     default = spec.registry.default("precision")
     fact = None if default is None else facts_of(default.config).get("dtype")
-    policy: Part = spec.single("precision")
-    if default is None or fact is None or policy.kind != default.kind:
-        raise InputError(
-            f"dtype = {dtype}: the spec's precision is {policy.kind}, whose formats are its own; "
-            "change them with `--set precision...`"
-        )
+    if default is None or fact is None:
+        raise InputError(f"dtype = {dtype}: no precision policy here is of one dtype; set `precision` instead")
     if fact.choices is not None and dtype not in fact.choices:
         raise InputError(f"dtype = {dtype}: must be one of {one_of(str(choice) for choice in fact.choices)}")
     return spec.with_(precision={"kind": default.kind, "dtype": dtype})

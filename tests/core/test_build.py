@@ -136,14 +136,13 @@ def test_a_dtype_is_that_of_the_default_policy() -> None:
     assert {p.dtype for p in skeleton(stated, dtype="float16").parameters()} == {torch.float16}
 
 
-def test_a_dtype_beside_another_policy_is_one_clear_error() -> None:
-    found = Spec.load("tiny-llama").with_(precision={"kind": "bf16"})
-    with pytest.raises(
-        InputError, match=r"dtype = float32: the spec's precision is bf16, .*--set precision\.\.\."
-    ):
-        skeleton(found, dtype="float32")
+def test_a_dtype_takes_the_place_of_another_policy() -> None:
+    found = Spec.load("tiny-deepseek-v3").with_(precision={"kind": "fp8-block", "gradients": "e5m2"})
+    model = skeleton(found, dtype="float64")
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert model.spec.single("precision").kind == "full"
     with pytest.raises(InputError, match="dtype = int8: must be one of float32, bfloat16, float16, float64"):
-        skeleton(Spec.load("tiny-llama"), dtype="int8")
+        skeleton(found, dtype="int8")
 
 
 @pytest.mark.parametrize("device", ["gpu", "", "cuda:99", "mps:7", "cpu:x", "xla", "cuda"])

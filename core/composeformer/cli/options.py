@@ -79,7 +79,7 @@ def device_options(function: F) -> F:
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
         default=None,
-        help="Full precision in this dtype, where the spec states no other policy.",
+        help="Full precision in this dtype, instead of the spec's policy.",
     )(function)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 import torch
 
-from composeformer.assemble import coded, fill, skeleton
+from composeformer.assemble import coded, fill, in_dtype, skeleton
 from composeformer.decoder import Model
 from composeformer.dialects import find
 from composeformer.dialects.codings import TABLE, Stated, of_codec
@@ -57,10 +57,10 @@ def load(
     root = Path(folder)
     if weights is None and dtype is not None and not (root / SPEC_NAME).exists():
         weights = "bfloat16" if dtype == "bfloat16" else "float32"
-    with _opened_to_run(root, weights, overrides) as (found, spec):
+    with _opened_to_run(root, weights, overrides, dtype) as (found, spec):
         if (root / SPEC_NAME).exists() and (problems := check_files(root, hashes=check_hashes)):
             raise FolderError(*problems)
-        model = skeleton(spec, device=device, dtype=dtype)
+        model = skeleton(spec, device=device)
         stored = model.spec if _codecs(spec) == _codecs(found.spec) else found.spec
         values = read(stored, found.dialect, found.source, root, model.placement.groups)
         fill(model, coded(model.spec, values), device, progress)
@@ -70,11 +70,13 @@ def load(
 
 @contextmanager
 def _opened_to_run(
-    root: Path, weights: str | None, overrides: Iterable[str]
+    root: Path, weights: str | None, overrides: Iterable[str], dtype: str | None
 ) -> "Iterator[tuple[Opened, Spec]]":
     """The folder, and the spec it is run by; decoded where that spec stores weights as other codes."""
     with opened(root, weights) as found:
         spec = run(found.spec, overrides)
+        if dtype is not None:
+            spec = in_dtype(spec, dtype)
         if not found.spec.formats.coded or _codecs(spec) == _codecs(found.spec):
             yield found, spec
             return
