@@ -16,7 +16,10 @@ from composeformer.folder import WeightReader
 from composeformer.precision import matches, starred
 from composeformer.spec import Spec
 from composeformer.store.decoding import Held, spelled
-from composeformer.tensors import DTYPES
+
+ADVICE = "decode the weights instead (weights = bfloat16 or float32)"
+# In other dtypes there are no weights; reading refuses them by name.
+PLAIN = ("float32", "bfloat16", "float16", "float64")
 
 
 def kept(spec: Spec, dialect: Dialect, stated: Stated, held: Mapping[str, Held], reader: WeightReader) -> Spec:
@@ -50,9 +53,6 @@ def kept(spec: Spec, dialect: Dialect, stated: Stated, held: Mapping[str, Held],
     return made
 
 
-ADVICE = "decode the weights instead (weights = bfloat16 or float32)"
-
-
 def _stored(spec: Spec, dialect: Dialect, held: Mapping[str, Held], reader: WeightReader) -> dict[str, str]:
     """How the folder stores each tensor of ours, as codes of a codec or in a dtype. A missing one is told elsewhere."""
     found: dict[str, str] = {}
@@ -66,7 +66,8 @@ def _stored(spec: Spec, dialect: Dialect, held: Mapping[str, Held], reader: Weig
             if name in names:
                 dtype = spelled(names[name].dtype)
                 codec = held[name].codec if name in held else None
-                here.setdefault(_as_stored(codec, dtype), name)
+                if codec is not None or dtype in PLAIN:
+                    here.setdefault(_as_stored(codec, dtype), name)
         if len(here) > 1:
             told = " and ".join(f"{name} as {how}" for how, name in here.items())
             problems.append(f"{told}: are one tensor here, {transfer.ours.names[0]}, and can not be kept; {ADVICE}")
@@ -107,7 +108,7 @@ def _plain(spec: Spec, dtype: str) -> dict[str, Any]:
     """The default policy in a dtype."""
     default = spec.registry.default("precision")
     assert default is not None, "a spec without a default precision is none"
-    return {"kind": default.kind, "dtype": dtype if dtype in DTYPES else "bfloat16"}
+    return {"kind": default.kind, "dtype": dtype}
 
 
 def _shortened(roles: Iterable[str], every: Iterable[str]) -> list[str]:

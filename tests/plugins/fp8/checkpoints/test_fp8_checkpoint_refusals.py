@@ -145,8 +145,11 @@ def test_other_codes_are_not_taken_for_these(changed: Make, tmp_path: Path) -> N
         found[KV_A] = found[KV_A].float().to(torch.float8_e5m2)
         del found[f"{KV_A}_scale_inv"]
 
-    (told,) = refused(changed(change), tmp_path, (None,))
+    folder = changed(change)
+    (told,) = refused(folder, tmp_path, (None,))
     assert told.startswith(f"{KV_A}: is stored as float8_e5m2;")
+    (told,) = refused(folder, tmp_path, ("keep",))
+    assert "is stored as float8_e5m2; the spec's precision keeps it as float8_e4m3fn" in told
 
 
 @pytest.mark.parametrize("key", ["modules_to_not_convert", "ignored_layers"])
