@@ -48,7 +48,7 @@ class MomentAdamW(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As PyTorch's, but moments come in the dtype of their group here, not in that of weights or of the saved group."""
+        """As PyTorch's, but moments come in the dtype of their group here, not the weights' or the saved one's."""
         own = [group["moment"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, moment, saved in zip(self.param_groups, own, state_dict["param_groups"], strict=True):
