@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from composeformer.assemble import build
-    from composeformer.costs import cost
+    from composeformer.costs import checkpoint, cost
     from composeformer.errors import ComposeError
     from composeformer.generation import Sampling
     from composeformer.spec import Spec
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "build": "composeformer.assemble",
+    "checkpoint": "composeformer.costs",
     "cost": "composeformer.costs",
     "ComposeError": "composeformer.errors",
     "Sampling": "composeformer.generation",
@@ -36,6 +37,7 @@ __all__ = [
     "Spec",
     "__version__",
     "build",
+    "checkpoint",
     "cost",
     "export_model",
     "generate",
