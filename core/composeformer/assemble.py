@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from composeformer import lazy
+from composeformer.agreement import agree
 from composeformer.blame import blame, described
 from composeformer.config import facts_of
 from composeformer.contracts import Linear, Part, Phase, Weight
@@ -24,7 +25,6 @@ from composeformer.init import initial
 from composeformer.parallel import Placement, place
 from composeformer.plan import Node
 from composeformer.policy import Codec, Policy
-from composeformer.precision import Formats
 from composeformer.site import Site
 from composeformer.spec import Spec
 from composeformer.tensors import DTYPES
@@ -312,33 +312,6 @@ def coded(spec: Spec, values: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[st
             component = spec.registry.get("codec", kind)
             made[kind] = lazy.load(component.implementations[0].module)(component.config())
         yield from zip(held, made[kind].encode(value), strict=True)
-
-
-def agree(model: Model, formats: Formats) -> None:
-    """Raises PluginError unless what was built is what was declared: names, shapes of this process's part,
-    parameters, aliases.
-    """
-    built = model.state_dict(keep_vars=True)
-    aliases = formats.aliases
-    declared = {**formats.stored, **{name: formats.stored[target] for name, target in aliases.items()}}
-    _same("is built but not declared", built.keys() - declared.keys())
-    _same("is declared but not built", declared.keys() - built.keys())
-    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    _same("is a buffer that is not saved", buffers - built.keys())
-    for name, weight in declared.items():
-        found, shape = built[name], model.placement.here(aliases.get(name, name), weight).shape
-        if tuple(found.shape) != shape:
-            raise PluginError(f"{name}: built with shape {tuple(found.shape)}, declared with {shape}")
-        if name not in aliases and isinstance(found, nn.Parameter) != weight.trains:
-            told = f"declared with trains = {weight.trains}"
-            raise PluginError(f"{name}: built as {type(found).__name__}, {told}")
-        if name in aliases and found is not built[aliases[name]]:
-            raise PluginError(f"{name}: built as a tensor of its own, declared the same as {aliases[name]}")
-
-
-def _same(what: str, names: set[str]) -> None:
-    if names:
-        raise PluginError(f"{one_of(sorted(names))}: {what}")
 
 
 __all__ = ["Builder", "Site", "TensorSite", "build", "coded", "fill", "skeleton"]
