@@ -1,7 +1,8 @@
 """The three products of a scaled map, emulated exactly as a recipe declares: `reference`, the judge.
 
-A partial sum is that of `chunk` products: computed in fp64, where 43 bits hold any sum of 128 products of codes, so
-that its order does not matter; rounded to fp32; multiplied by the scale of the left operand, then of the right; added
+A partial sum is that of `chunk` products: computed in fp64, where 43 bits hold any sum of 128 products of E4M3, so
+that its order does not matter (E5M2 is summed in two parts, above 1 and below, each as exact, and these added);
+rounded to fp32; multiplied by the scale of the left operand, then of the right; added
 in fp32 to those before it.
 
 An accumulator of fewer than 24 bits is that of Hopper's tensor cores (14 bits: arXiv 2412.19437, sections 3.3.2 and
@@ -127,11 +128,20 @@ def product(a: Operand, b: Operand, recipe: Recipe) -> Float[Tensor, "R S"]:
         chunk = slice(start, start + recipe.chunk)
         scale_R, scale_S = left[:, number % left.shape[1], None], right[:, number % right.shape[1]]
         if recipe.promoted:
-            partial = _add(torch.zeros_like(total, dtype=torch.float64), a_RK[:, chunk], b_SK[:, chunk], recipe.bits)
+            partial = _sum(a_RK[:, chunk], b_SK[:, chunk], recipe.bits, a.codes.dtype == torch.float8_e5m2)
             total += partial.float() * scale_R * scale_S
         else:
             total = _add(total, a_RK[:, chunk] * scale_R, b_SK[:, chunk] * scale_S[:, None], recipe.bits)
     return total.float()
+
+
+def _sum(a_RK: Tensor, b_SK: Tensor, bits: int, wide: bool) -> Tensor:
+    """a b^T of codes, those of a of a `wide` format or not, in an accumulator of `bits` significant bits."""
+    zero = a_RK.new_zeros(len(a_RK), len(b_SK))
+    if bits < 24 or not wide:
+        return _add(zero, a_RK, b_SK, bits)
+    small = a_RK.abs() < 1
+    return a_RK.masked_fill(small, 0) @ b_SK.mT + a_RK.masked_fill(~small, 0) @ b_SK.mT
 
 
 def _add(total: Tensor, a: Tensor, b: Tensor, bits: int) -> Tensor:

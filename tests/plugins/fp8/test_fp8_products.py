@@ -16,7 +16,7 @@ from composeformer_fp8.configs.recipe import Recipe
 from composeformer_fp8.configs.scaled import FP8Block, FP8Tensor
 from composeformer_fp8.emulate import Emulated, Operand, product, truncated
 from composeformer_fp8.fast import Fast, multiplied
-from composeformer_fp8.numbers import E4M3, Narrow
+from composeformer_fp8.numbers import E4M3, E5M2, Narrow
 from composeformer_fp8.quantise import Block, quantise, values
 from composeformer_fp8.testing import CONTENTS, content, magnitude
 
@@ -215,6 +215,20 @@ def test_each_token_is_alone_where_tiles_are_rows(name: str, sort: str, seed: in
     held = products.held(weight)
     row = slice(picked % rows, picked % rows + 1)
     assert torch.equal(products.output(x, held, None)[row], products.output(x[row], held, None))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 64])
+def test_sums_of_e5m2_are_of_all_their_bits_in_products_of_any_size(rows: int) -> None:
+    """From 2^31 to 2^-25 are more bits than fp64 has, and large ones leave nothing of a small one if they come first."""
+    a = torch.full((1, 128), 57344.0)
+    b = torch.full((1, 128), 448.0)
+    a[0, 64:], a[0, 60:68], b[0, 64] = -57344.0, 0.0, 2.0**-9
+    a[0, 64] = 2.0**-16
+    a, b = (each.expand(rows, 128) for each in (a, b))
+    left, right = (Operand(*quantise(x, (1, 128), form, "float32"), (1, 128)) for x, form in ((a, E5M2), (b, E4M3)))
+    assert (left.scales == 1).all()
+    assert (right.scales == 1).all()
+    assert (product(left, right, RECIPES["block-e5m2"]) == 2.0**-25).all()
 
 
 def test_promoted_sums_differ_from_a_plain_product_where_fp32_has_no_room() -> None:
