@@ -219,7 +219,7 @@ def test_each_token_is_alone_where_tiles_are_rows(name: str, sort: str, seed: in
 
 @pytest.mark.parametrize("rows", [1, 4, 64])
 def test_sums_of_e5m2_are_of_all_their_bits_in_products_of_any_size(rows: int) -> None:
-    """From 2^31 to 2^-25 are more bits than fp64 has, and large ones leave nothing of a small one if they come first."""
+    """From 2^31 to 2^-25 are more bits than fp64 has: large numbers that come first would leave none of a small one."""
     a = torch.full((1, 128), 57344.0)
     b = torch.full((1, 128), 448.0)
     a[0, 64:], a[0, 60:68], b[0, 64] = -57344.0, 0.0, 2.0**-9
