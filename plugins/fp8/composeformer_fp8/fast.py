@@ -7,6 +7,7 @@ fp32 sums (AMX, or AVX-512 BF16) and lose nothing but what is below 2^-126, whic
 Shapes: N rows, I inputs, O outputs, E groups.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,8 @@ from composeformer_fp8.emulate import Emulated, Held, Index, groups_of
 from composeformer_fp8.numbers import Narrow
 from composeformer_fp8.quantise import Block, dequantise, quantise
 from composeformer_fp8.strips import rounded
+
+LOCK = threading.Lock()
 
 
 class Fast(Emulated):
@@ -104,13 +107,16 @@ def _pick(held: Held, group: Index) -> Held:
 def multiplied(recipe: Recipe, device: torch.device) -> Iterator[None]:
     """fp32 products in narrower operands where that loses nothing, elsewhere in fp32 whatever is set.
 
-    The setting is the process's: another thread that multiplies meanwhile sees it.
+    The setting is the process's. So it is narrowed only while no other thread could multiply by it what is not exact,
+    and one thread at a time changes it and sets it back.
     """
     backends: Any = torch.backends
     setting, narrower = (backends.cuda, "tf32") if device.type == "cuda" else (backends.mkldnn, "bf16")
-    before = setting.matmul.fp32_precision
-    setting.matmul.fp32_precision = narrower if recipe.exact_scales else "ieee"
-    try:
-        yield
-    finally:
-        setting.matmul.fp32_precision = before
+    with LOCK:
+        before = setting.matmul.fp32_precision
+        narrow = recipe.exact_scales and threading.active_count() == 1
+        setting.matmul.fp32_precision = narrower if narrow else "ieee"
+        try:
+            yield
+        finally:
+            setting.matmul.fp32_precision = before

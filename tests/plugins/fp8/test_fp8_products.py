@@ -1,5 +1,6 @@
 """The three products: the emulation against its definition, error bounds, `fast` against the emulation, groups."""
 
+import threading
 from fractions import Fraction
 from math import frexp
 
@@ -342,6 +343,35 @@ def test_setting_of_products_is_that_of_the_recipe_within_and_the_users_after(be
         assert setting.fp32_precision == before
     finally:
         setting.fp32_precision = kept
+
+
+def test_threads_neither_meet_another_setting_nor_leave_one() -> None:
+    setting = torch.backends.mkldnn.matmul
+    before, device = setting.fp32_precision, torch.device("cpu")
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+    seen = []
+
+    def first() -> None:
+        with multiplied(RECIPES["block-ue8m0"], device):
+            seen.append(setting.fp32_precision)
+            first_in.set()
+            second_in.wait(0.2)  # which it may not be, until this thread is out
+        first_out.set()
+
+    def second() -> None:
+        first_in.wait(10)
+        with multiplied(RECIPES["block-ue8m0"], device):
+            second_in.set()
+            seen.append(first_out.wait(10))
+
+    threads = [threading.Thread(target=each) for each in (first, second)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(20)
+    # A product that is not exact, in this thread, would have met bf16.
+    assert seen == ["ieee", True]
+    assert setting.fp32_precision == before
 
 
 def test_stored_codes_with_any_scales_are_not_multiplied_in_bfloat16() -> None:
