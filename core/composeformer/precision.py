@@ -97,6 +97,21 @@ class Formats:
             found[name] = self.of(name if linear is None else role, weight, linear)
         return found
 
+    @cached_property
+    def shared(self) -> Mapping[str, Format]:
+        """The format of every name that is another tensor: stored as that is, multiplied as its own map says."""
+        linears = self.plan.linears
+        found = {}
+        for name, target in self.plan.aliases.items():
+            role = name.rpartition(".")[0]
+            held = self.tensors[target]
+            if role in linears:
+                own = self.of(role, linears[role].weight, linears[role])
+                kept = {field: getattr(held, field) for field in ("storage", "codec", "gather", "gradient", "moment")}
+                held = attrs.evolve(own, **kept, why=f"{own.why}; the tensor is {target}")
+            found[name] = held
+        return found
+
     def trains(self, name: str) -> bool:
         """Whether a tensor of the plan is a parameter: it was declared to train, and is not stored as codes."""
         return self.plan.tensors[name].trains and self.tensors[name].codec is None
@@ -157,6 +172,23 @@ class Formats:
                 near = nearest(rule.roles, patterns)
                 told = "matches no linear map and no weight of this model; `compose show` lists them"
                 yield Problem(f"{place}.roles", rule.roles, told, near)
+        yield from self._uncoded()
+
+    def _uncoded(self) -> Iterator[Problem]:
+        """Rules whose codes nothing could be stored as, for all that they decide is another tensor."""
+        decided: dict[int, list[str]] = {}
+        for name in (*self.plan.tensors, *self.plan.aliases):
+            role = name.rpartition(".")[0]
+            number = self.rule(role if role in self.plan.linears else name)
+            if number is not None:
+                decided.setdefault(number, []).append(name)
+        for number, names in decided.items():
+            if any(name in self.plan.tensors for name in names):
+                continue
+            linear = self.plan.linears.get(names[0].rpartition(".")[0])
+            if linear is not None and self.of(names[0].rpartition(".")[0], linear.weight, linear).codec is not None:
+                told = f"stores codes, but {names[0]} is the tensor {self.plan.aliases[names[0]]}, stored as that is"
+                yield Problem(f"rules.{number}.format", self.rules[number].format.kind, told)
 
 
 def starred(name: str) -> str:

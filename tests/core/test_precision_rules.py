@@ -170,3 +170,30 @@ def test_a_folder_that_opens_decoded_has_no_rules_left(tmp_path: Path, kind: str
         assert tensor.dtype == (torch.float32 if name in fixed else getattr(torch, weights)), name
     exact = model.layers[1].mixer.o.matrix()  # type: ignore[union-attr, index]
     assert torch.equal(again.get_parameter("layers.1.mixer.o.weight"), exact.to(getattr(torch, weights)))
+
+
+def tied(rules: list[tuple[str, Any]], kind: str = "bf16") -> Spec:
+    tables = [{"roles": roles, "format": form} for roles, form in rules]
+    return Spec.load("tiny-llama").with_({"model.tie_embeddings": True}, precision={"kind": kind, "rules": tables})
+
+
+@pytest.mark.parametrize("form", [{"kind": "fp8-block", "weights": "float8_e4m3fn"}, "int8"])
+def test_codes_for_a_head_that_is_the_embedding_are_refused_where_a_rule_means_that_alone(form: Any) -> None:
+    with pytest.raises(SpecError) as told:
+        tied([("head", form)])
+    (line,) = told.value.lines
+    assert "rules.0.format" in line
+    assert "stores codes, but head.projection.weight is the tensor embedding.weight" in line
+    coded = tied([("*", form)]).formats.coded
+    assert coded
+    assert not {"embedding.weight", "head.projection.weight"} & set(coded)
+
+
+def test_what_is_told_of_a_tied_head_is_how_it_multiplies() -> None:
+    spec = tied([("head", "fp8-block")])
+    shared = spec.formats.shared["head.projection.weight"]
+    assert (shared.compute, shared.storage, shared.moment) == ("float8_e4m3fn", "float32", "float32")
+    assert shared.why.startswith("rule 1, 'head'")
+    assert shared.why.endswith("the tensor is embedding.weight")
+    assert spec.formats.tensors["embedding.weight"].compute == "float32"
+    assert TINY.formats.shared == {}

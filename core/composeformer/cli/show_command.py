@@ -46,7 +46,7 @@ def precision(spec: Any) -> dict[tuple[str, Any], int]:
     from composeformer.precision import starred
 
     rows: dict[tuple[str, Any], int] = {}
-    for name, form in spec.formats.tensors.items():
+    for name, form in (*spec.formats.tensors.items(), *spec.formats.shared.items()):
         key = (starred(name), form)
         rows[key] = rows.get(key, 0) + 1
     return rows
