@@ -168,12 +168,8 @@ class Model(nn.Module):
 
     def new_cache(self, batch_size: int, max_length: int, max_rollback: int = 0) -> ModelCache:
         """Empty caches for `batch_size` rows of at most `max_length` tokens, padding included, of which a row
-        can forget the last `max_rollback`. Raises InputError for what is no such count, and where the model is spread
-        over processes, which would have to decode in step.
+        can forget the last `max_rollback`. They are this process's alone. Raises InputError for what is no such count.
         """
-        if self.placement.spread:
-            told = f"the model is spread over {self.placement.world.size} processes"
-            raise InputError(f"{told}, which do not decode together; load it in one to generate")
         found = {"batch_size": batch_size, "max_length": max_length, "max_rollback": max_rollback}
         check_counts({"batch_size": 1, "max_length": 1, "max_rollback": 0}, found)
         caches: dict[str, MixerCache] = {}

@@ -39,7 +39,8 @@ class PolicyLinear(Protocol):
     def matrix(self) -> Tensor:
         """The weight that `forward` multiplies by: dequantised, differentiable, local, never stale.
 
-        In any float dtype that holds it exactly; who multiplies by it casts the other operand.
+        In any float dtype that holds it exactly; who multiplies by it casts the other operand. It is read inside a
+        forward pass: a weight that is sharded over processes is whole there alone.
         """
 
 

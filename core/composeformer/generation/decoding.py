@@ -1,11 +1,13 @@
 """Plain decoding: one forward, one token for every unfinished row.
 
-Inference mode is entered per call: a generator that yielded inside it would leave it on for its consumer.
+`read` and `feed` are forwards, `take` chooses tokens from what they gave: over several processes the first are run
+by all of them, the last by each for its own rows.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,6 +18,17 @@ from composeformer.decoder import Model
 from composeformer.generation.rows import Row
 from composeformer.generation.sampling import Sampling, choose
 from composeformer.tensors import ModelOutput
+
+
+@contextmanager
+def quiet(model: Model) -> Iterator[None]:
+    """Without gradients. It is entered per call: a generator that yielded inside it would leave it on for its consumer.
+
+    Parameters that FSDP2 gathers in inference mode could not be trained after it.
+    """
+    sharded = model.placement.shard
+    with torch.inference_mode(not sharded), torch.no_grad():
+        yield
 
 
 class Decoding:
@@ -29,24 +42,41 @@ class Decoding:
         self.longest = max(len(row.prompt) for row in rows)
         # The last new token is never fed. Beside a row that has ended others may go on, up to `ahead` at a time.
         self.length = self.longest + max(row.room for row in rows) - 1 + 2 * self.ahead
-        with torch.inference_mode():
+        with quiet(model):
             self.cache = model.new_cache(len(rows), self.length, self.ahead)
 
-    @torch.inference_mode()
     def start(self, chunk: int | None) -> list[str]:
-        """Reads the prompts, at most `chunk` tokens of a row in a forward; the rows' first new text."""
+        """Reads the prompts; the rows' first new text."""
+        with quiet(self.model):
+            return self.take(self.read(chunk))
+
+    def step(self) -> list[str]:
+        """One more token for each row, or several; the rows' new text."""
+        with quiet(self.model):
+            return self.take(self.feed())
+
+    @property
+    def live(self) -> bool:
+        """Whether a row takes more tokens."""
+        return any(row.finish_reason is None for row in self.rows)
+
+    def read(self, chunk: int | None) -> Float[Tensor, "B T V"]:
+        """Reads the prompts, at most `chunk` tokens of a row in a forward; the logits behind them."""
         for ids, valid in self.chunks(chunk):
             output = self.forward(ids, valid, "prefill")
-        return self.take(output.logits[:, -1])
+        return output.logits
 
-    @torch.inference_mode()
-    def step(self) -> list[str]:
-        """Feeds each row's newest token, a finished row's as padding; the rows' new text."""
+    def feed(self) -> Float[Tensor, "B T V"]:
+        """Feeds each row's newest token, a finished row's as padding; the logits behind it."""
         live = [row.finish_reason is None for row in self.rows]
         device = self.model.device
         ids = torch.tensor([[row.ids[-1]] for row in self.rows], device=device)
         valid = None if all(live) else torch.tensor(live, device=device)[:, None]
-        return self.take(self.forward(ids, valid, "decode").logits[:, -1])
+        return self.forward(ids, valid, "decode").logits
+
+    def num_chunks(self, chunk: int | None) -> int:
+        """How many forwards read the prompts."""
+        return -(-self.longest // (chunk or self.longest))
 
     def chunks(self, chunk: int | None) -> Iterator[tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"] | None]]:
         """The prompts, padded on the left, in pieces, and what of them is real."""
@@ -65,10 +95,10 @@ class Decoding:
         output: ModelOutput = self.model(ids, valid=valid, cache=self.cache, last_only=last_only, phase=phase)
         return output
 
-    def take(self, logits: Float[Tensor, "B V"]) -> list[str]:
-        """Chooses a token for each unfinished row; the text that became certain."""
+    def take(self, logits: Float[Tensor, "B T V"]) -> list[str]:
+        """Chooses a token for each unfinished row, from the last logits; the text that became certain."""
         live = [index for index, row in enumerate(self.rows) if row.finish_reason is None]
-        chosen = choose(logits, self.sampling, self.draws, [len(row.ids) for row in self.rows], live)
+        chosen = choose(logits[:, -1], self.sampling, self.draws, [len(row.ids) for row in self.rows], live)
         pieces = [""] * len(self.rows)
         for index, token in zip(live, chosen, strict=True):
             self.rows[index].steps += 1

@@ -1,12 +1,14 @@
 """Generation: a prefill of left-padded prompts, then steps in which all rows take tokens, in static caches.
 
-A row that has ended keeps its place as padding, which no other row can tell; the loop ends with the last row.
+A row that has ended keeps its place as padding, which no other row can tell; the loop ends with the last row. Of a
+model that is spread over processes, with the last row of them all (`together`).
 `stream` is the same loop over one row, so its pieces joined are the text of `generate`.
 
 Shapes: B rows, T tokens of the longest prompt.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 
 import attrs
 
@@ -17,6 +19,7 @@ from composeformer.generation.prompts import Prompts, Tokenizer, read_prompts
 from composeformer.generation.rows import FinishReason, Generation, Row
 from composeformer.generation.sampling import Draws, Sampling
 from composeformer.generation.speculation import Speculation
+from composeformer.generation.together import steps_together
 
 GREEDY = Sampling()
 
@@ -58,12 +61,20 @@ def generate(
     With `speculate` the model's predictor drafts tokens, which the model verifies several in a forward: greedy
     text is the same (but where two logits tie within rounding), samples have the same distribution.
 
+    Where the model is spread over processes each calls this (or `stream`), with prompts and options of its own but
+    `speculate`, or with no prompt: `[]`.
+
     Raises InputError for prompts or values that the model can not serve, and for logits that are not finite.
     """
-    rows = _rows(
-        model, prompts, tokenizer, max_new_tokens, sampling, stop, stop_ids, max_length, prefill_chunk
-    )
-    for _ in _steps(model, rows, sampling, prefill_chunk, _can(model, speculate)):
+    rows: list[Row] = []
+
+    def prepare() -> Sequence[Row]:
+        rows[:] = _rows(
+            model, prompts, tokenizer, max_new_tokens, sampling, stop, stop_ids, max_length, prefill_chunk
+        )
+        return rows
+
+    for _ in _begun(model, prepare, sampling, prefill_chunk, speculate):
         pass
     return [row.result() for row in rows]
 
@@ -83,26 +94,33 @@ def stream(
 ) -> Iterator[Piece]:
     """Continues one prompt as `generate` does, giving text as it becomes certain; without a tokenizer, ids.
 
-    Wrong arguments raise here, not at the first piece.
+    Wrong arguments raise here, not at the first piece. Of a model that is spread over processes a stream is read to
+    its end, or closed: others wait for each of its steps.
     """
-    rows = _rows(
-        model, prompt, tokenizer, max_new_tokens, sampling, stop, stop_ids, max_length, prefill_chunk
-    )
-    if len(rows) != 1:
-        raise InputError(f"stream: takes one prompt, found {len(rows)}")
-    steps = _steps(model, rows, sampling, prefill_chunk, _can(model, speculate))
+    rows: list[Row] = []
+
+    def prepare() -> Sequence[Row]:
+        rows[:] = _rows(
+            model, prompt, tokenizer, max_new_tokens, sampling, stop, stop_ids, max_length, prefill_chunk
+        )
+        if len(rows) != 1:
+            raise InputError(f"stream: takes one prompt, found {len(rows)}")
+        return rows
+
+    steps = _begun(model, prepare, sampling, prefill_chunk, speculate)
     return _pieces(rows[0], steps, silent=tokenizer is None)
 
 
-def _pieces(row: Row, steps: Iterator[list[str]], silent: bool) -> Iterator[Piece]:
+def _pieces(row: Row, steps: Generator[list[str], None, None], silent: bool) -> Iterator[Piece]:
     given = 0
-    for pieces in steps:
-        text = pieces[0]
-        if text or silent or row.finish_reason is not None:
-            drafting = row.steps, row.drafted, row.accepted
-            ids = tuple(row.ids[given:])
-            yield Piece(text=text, ids=ids, finish_reason=row.finish_reason, drafting=drafting)
-            given = len(row.ids)
+    with closing(steps):
+        for pieces in steps:
+            text = pieces[0]
+            if text or silent or row.finish_reason is not None:
+                drafting = row.steps, row.drafted, row.accepted
+                ids = tuple(row.ids[given:])
+                yield Piece(text=text, ids=ids, finish_reason=row.finish_reason, drafting=drafting)
+                given = len(row.ids)
 
 
 def _can(model: Model, speculate: bool) -> bool:
@@ -138,7 +156,8 @@ def _rows(
     if stop and tokenizer is None:
         raise InputError("stop: stop strings need a tokenizer, and this model has none; give stop_ids")
     limit, what = (positions, "max_position_embeddings") if max_length is None else (max_length, "max_length")
-    read = read_prompts(prompts, tokenizer, model.spec.model.vocab_size, limit, what)
+    least = int(model.placement.world.size == 1)
+    read = read_prompts(prompts, tokenizer, model.spec.model.vocab_size, limit, what, least)
     ends = frozenset(stop_ids) | frozenset(tokenizer.eos_ids if tokenizer is not None else ())
     seen: dict[tuple[int, ...], int] = {}
     rows = []
@@ -157,11 +176,31 @@ def _rows(
     return rows
 
 
-def _steps(
-    model: Model, rows: Sequence[Row], sampling: Sampling, prefill_chunk: int | None, speculate: bool
-) -> Iterator[list[str]]:
-    """Every unfinished row takes a token, or several, at each step; gives each row's new text."""
-    decoding = (Speculation if speculate else Decoding)(model, rows, sampling)
+def _begun(
+    model: Model,
+    prepare: Callable[[], Sequence[Row]],
+    sampling: Sampling,
+    prefill_chunk: int | None,
+    speculate: bool,
+) -> Generator[list[str], None, None]:
+    """Every unfinished row takes a token, or several, at each step; gives each row's new text.
+
+    What `prepare` finds wrong, before the model runs, is raised here.
+    """
+
+    def decoding() -> Decoding | None:
+        rows = prepare()
+        kind = Speculation if _can(model, speculate) else Decoding
+        return kind(model, rows, sampling) if rows else None
+
+    if model.placement.spread:
+        return steps_together(model, decoding, prefill_chunk, speculate)
+    return _steps(decoding(), prefill_chunk)
+
+
+def _steps(decoding: Decoding | None, prefill_chunk: int | None) -> Generator[list[str], None, None]:
+    if decoding is None:
+        return
     yield decoding.start(prefill_chunk)
-    while any(row.finish_reason is None for row in rows):
+    while decoding.live:
         yield decoding.step()

@@ -32,14 +32,14 @@ class Tokenizer(Protocol):
 
 
 def read_prompts(
-    prompts: Prompts, tokenizer: Tokenizer | None, vocab_size: int, limit: int, what: str
+    prompts: Prompts, tokenizer: Tokenizer | None, vocab_size: int, limit: int, what: str, least: int = 1
 ) -> list[list[int]]:
-    """The ids of each prompt; `limit` is the most tokens a row may come to, and `what` its name.
+    """The ids of each prompt, at least so many; `limit` is the most tokens a row may come to, and `what` its name.
 
     Raises InputError with one line for each prompt that can not be served.
     """
     several = _several(prompts)
-    if not several:
+    if len(several) < least:
         raise InputError("there is no prompt")
     rows, wrong = [], []
     for index, prompt in enumerate(several):

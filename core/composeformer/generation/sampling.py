@@ -132,11 +132,19 @@ def choose(
     return [pick(one, draws[row].uniform(steps[row])) for row, one in zip(rows, kept, strict=True)]
 
 
-def check_finite(largest: float, row: int, step: int, what: str = "") -> None:
-    """Raises InputError where the largest logit of a row's new token, or of `what` for it, is not finite."""
-    if not isfinite(largest):
-        where = f"prompt {row}, {what}new token {step}"
-        raise InputError(f"{where}: the logits are not finite ({largest}): the weights are likely damaged")
+def check_finite(largest: float, row: int, step: int) -> None:
+    """Raises InputError where the largest logit of a row's new token is not finite."""
+    error = not_finite(largest, row, step)
+    if error is not None:
+        raise error
+
+
+def not_finite(largest: float, row: int, step: int, what: str = "") -> InputError | None:
+    """The error where the largest logit of a row's new token, or of `what` for it, is not finite."""
+    if isfinite(largest):
+        return None
+    where = f"prompt {row}, {what}new token {step}"
+    return InputError(f"{where}: the logits are not finite ({largest}): the weights are likely damaged")
 
 
 def _integer(value: object, minimum: int) -> bool:

@@ -5,21 +5,32 @@ of the predictor's distribution q is taken with probability min(1, p(d) / q(d)),
 p has more than q: so tokens have the model's distribution p, whatever q is. Source: arXiv 2211.17192,
 algorithm 1. Both p and q are behind the sampling's temperature and filters.
 
-Each row takes as many drafts as are right for it, and forgets the others alone.
+Each row takes as many drafts as are right for it, and forgets the others alone. A step drafts first, from what the
+one before it left in `_unread`.
 
 Shapes: B rows, K drafts, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from composeformer.decoder import Model
-from composeformer.generation.decoding import Decoding
+from composeformer.errors import InputError
+from composeformer.generation.decoding import Decoding, quiet
 from composeformer.generation.rows import Row
-from composeformer.generation.sampling import Candidates, Draws, Sampling, candidates, check_finite, pick
+from composeformer.generation.sampling import (
+    Candidates,
+    Draws,
+    Sampling,
+    candidates,
+    check_finite,
+    not_finite,
+    pick,
+)
 
 
 class Speculation(Decoding):
@@ -28,43 +39,60 @@ class Speculation(Decoding):
     def __init__(self, model: Model, rows: Sequence[Row], sampling: Sampling) -> None:
         self.ahead = model.predictor.num_drafts
         super().__init__(model, rows, sampling)
-        with torch.inference_mode():
+        with quiet(model):
             self.drafting = model.predictor.new_cache(len(rows), self.length)
+        self._fed: list[int] | None = None  # how many tokens of each row; None: the prompts
+        self._hidden: Tensor
+        self._ids: Tensor  # (B, T), what was fed last
+        self._real: Tensor | None
+        # What the predictor is to read next: hidden states, the tokens that follow them, which are real.
+        self._unread: tuple[Tensor, Tensor, Tensor | None]
+        # What is wrong with drafts is told behind the forward: over several processes all run it.
+        self._wrong: InputError | None = None
         self._drafts: list[list[int]] = []
         self._drafted_from: list[list[Candidates]] = []  # of each row, where it samples
 
-    @torch.inference_mode()
-    def start(self, chunk: int | None) -> list[str]:
-        """Reads the prompts, also into the predictor; the rows' first new text."""
-        unread: tuple[Tensor, Tensor, Tensor | None] | None = None
+    def read(self, chunk: int | None) -> Float[Tensor, "B T V"]:
+        """Reads the prompts, also into the predictor but for their last part; the logits behind them."""
+        read = False
         for ids, valid in self.chunks(chunk):
-            if unread is not None:
+            if read:
                 # What follows a chunk's last token is the next one's first.
-                hidden, before, real = unread
-                self._read(hidden, torch.cat([before[:, 1:], ids[:, :1]], 1), real)
+                following = torch.cat([self._ids[:, 1:], ids[:, :1]], 1)
+                self._read(self._hidden, following, self._real)
             output = self.forward(ids, valid, "prefill")
-            unread = output.hidden, ids, valid
-        assert unread is not None
-        pieces = self.take(output.logits[:, -1])
-        hidden, before, real = unread
-        newest = torch.tensor([[row.ids[-1]] for row in self.rows], device=self.model.device)
-        self._draft(hidden, torch.cat([before[:, 1:], newest], 1), self._unfinished(real, before.shape))
-        return pieces
+            self._hidden, self._ids, self._real, read = output.hidden, ids, valid, True
+        return output.logits
 
-    @torch.inference_mode()
-    def step(self) -> list[str]:
-        """Feeds each row's newest token and its drafts; the rows' new text."""
+    def feed(self) -> Float[Tensor, "B K+1 V"]:
+        """Drafts, then feeds each row's newest token and its drafts; the logits behind each."""
         device = self.model.device
-        fed = [self._room(row) for row in self.rows]
-        ids = torch.tensor(
+        self._draft(*self._unread)
+        self._fed = fed = [self._room(row) for row in self.rows]
+        self._ids = torch.tensor(
             [[row.ids[-1], *drafts] for row, drafts in zip(self.rows, self._drafts)], device=device
         )
-        columns = torch.arange(self.ahead + 1, device=device)
-        valid = columns < torch.tensor(fed, device=device)[:, None]
-        full = min(fed) > self.ahead
-        output = self.forward(ids, None if full else valid, "decode", last_only=False)
-        pieces = [""] * len(self.rows)
-        taken = self._verify(output.logits, fed)
+        valid = None
+        if min(fed) <= self.ahead:
+            columns = torch.arange(self.ahead + 1, device=device)
+            valid = columns < torch.tensor(fed, device=device)[:, None]
+        output = self.forward(self._ids, valid, "decode", last_only=False)
+        self._hidden = output.hidden
+        return output.logits
+
+    def take(self, logits: Float[Tensor, "B T V"]) -> list[str]:
+        """The tokens that each unfinished row takes; the text that became certain."""
+        if self._wrong is not None:
+            raise self._wrong
+        if self._fed is None:
+            pieces = super().take(logits)
+            if self.live:
+                newest = torch.tensor([[row.ids[-1]] for row in self.rows], device=self.model.device)
+                following = torch.cat([self._ids[:, 1:], newest], 1)
+                self._unread = self._hidden, following, self._unfinished(self._real, following.shape)
+            return pieces
+        pieces, fed, device = [""] * len(self.rows), self._fed, self.model.device
+        taken = self._verify(logits, fed)
         for index, (row, tokens) in enumerate(zip(self.rows, taken, strict=True)):
             row.steps += bool(tokens)
             for k, token in enumerate(tokens):
@@ -75,10 +103,12 @@ class Speculation(Decoding):
                     pieces[index] += row.take(token)
         kept = torch.tensor([len(tokens) for tokens in taken], device=device)
         self.cache.rollback(torch.tensor(fed, device=device) - kept)
-        following = [[*tokens, *[0] * (self.ahead + 1 - len(tokens))] for tokens in taken]
-        if any(row.finish_reason is None for row in self.rows):
-            real = self._unfinished(columns < kept[:, None], ids.shape)
-            self._draft(output.hidden, torch.tensor(following, device=device), real)
+        if self.live:
+            following = torch.tensor(
+                [[*tokens, *[0] * (self.ahead + 1 - len(tokens))] for tokens in taken], device=device
+            )
+            real = torch.arange(self.ahead + 1, device=device) < kept[:, None]
+            self._unread = self._hidden, following, self._unfinished(real, following.shape)
         return pieces
 
     def _room(self, row: Row) -> int:
@@ -96,8 +126,7 @@ class Speculation(Decoding):
     def _read(self, hidden: Tensor, following: Tensor, valid: Tensor | None) -> None:
         """A part of the prompts into the predictor, whose drafts nobody needs."""
         choose = lambda _, logits: logits.argmax(-1)  # noqa: E731
-        if valid is None or bool(valid.any()):
-            self.model.predictor.draft(hidden, following, valid, self.drafting, self.model.rotary, choose)
+        drafts(self.model, hidden, following, valid, self.drafting, choose)
 
     def _draft(
         self, hidden: Float[Tensor, "B T D"], following: Int[Tensor, "B T"], valid: Tensor | None
@@ -108,9 +137,9 @@ class Speculation(Decoding):
 
         def choose(k: int, logits: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
             for index, largest in enumerate(logits.amax(-1).tolist()):
-                if self.rows[index].finish_reason is None:
-                    check_finite(largest, index, steps[index] + k, "draft of ")
-            if self.sampling.greedy:
+                if self.rows[index].finish_reason is None and self._wrong is None:
+                    self._wrong = not_finite(largest, index, steps[index] + k, "draft of ")
+            if self.sampling.greedy or self._wrong is not None:
                 return logits.argmax(-1)
             chosen = [0] * len(self.rows)
             for index, (row, of_row) in enumerate(zip(self.rows, logits.to("cpu"), strict=True)):
@@ -120,11 +149,7 @@ class Speculation(Decoding):
                     chosen[index] = pick(self._drafted_from[index][k], uniform)
             return torch.tensor(chosen, device=logits.device)
 
-        if valid is not None and not bool(valid.any()):
-            self._drafts = [[0] * self.ahead for _ in self.rows]
-            return
-        predictor, rotary = self.model.predictor, self.model.rotary
-        self._drafts = predictor.draft(hidden, following, valid, self.drafting, rotary, choose).tolist()
+        self._drafts = drafts(self.model, hidden, following, valid, self.drafting, choose).tolist()
 
     def _verify(self, logits: Float[Tensor, "B K+1 V"], fed: Sequence[int]) -> list[list[int]]:
         """The tokens that each row takes: right drafts and one of the model's own; none for a finished row."""
@@ -149,6 +174,21 @@ class Speculation(Decoding):
                     break
             taken.append(tokens)
         return taken
+
+
+def drafts(
+    model: Model,
+    hidden: Float[Tensor, "B T D"],
+    following: Int[Tensor, "B T"],
+    valid: Bool[Tensor, "B T"] | None,
+    cache: Any,
+    choose: Callable[[int, Float[Tensor, "B V"]], Int[Tensor, " B"]],
+) -> Int[Tensor, "B K"]:
+    """The predictor's drafts behind hidden states of the model and the tokens that follow them."""
+    # It calls the model's embedding and head, outside of any forward.
+    with model.placement.gathered(model, model.predictor):
+        found: Tensor = model.predictor.draft(hidden, following, valid, cache, model.rotary, choose)
+    return found
 
 
 def accept(

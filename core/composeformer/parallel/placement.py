@@ -6,6 +6,7 @@ order, with its biases, codes and scales. Everything else is told by the paramet
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -80,6 +81,15 @@ class Placement:
         """Whether the next backward pass sums gradients of shards over processes: that of a step's last micro-batch."""
         if self.shard:
             lazy.load("composeformer.parallel.sharding:syncs")(model, last)
+
+    def gathered(self, *units: "nn.Module") -> AbstractContextManager[None]:
+        """What units (layers, the predictor, the model) have themselves is whole in it: for calls that are no forward
+        of theirs. Every process enters it.
+        """
+        if not self.shard:
+            return nullcontext()
+        found: AbstractContextManager[None] = lazy.load("composeformer.parallel.sharding:gathered")(*units)
+        return found
 
 
 def place(spec: "Spec", device: str = "cpu") -> Placement:

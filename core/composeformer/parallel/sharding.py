@@ -10,7 +10,8 @@ units share stay whole in every process; their gradients are summed like those o
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,3 +71,16 @@ def syncs(model: nn.Module, last: bool) -> None:
     """Whether the next backward pass sums gradients over processes: that of a step's last micro-batch does."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
+
+
+@contextmanager
+def gathered(*units: nn.Module) -> Iterator[None]:
+    """The units' own parameters whole, for what is called beside their forward; all processes call it."""
+    sharded = [unit for unit in units if isinstance(unit, FSDPModule)]
+    for unit in sharded:
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in sharded:
+            unit.reshard()

@@ -19,7 +19,8 @@ def tokenizer_of(model: Model) -> Tokenizer | None:
 def generate(model: Model, prompt: Any, **options: Any) -> Any:
     """Continues a prompt (text, ids, or a list of either) as `composeformer.generation.generate` does.
 
-    Returns the new text for one string, else a list of `Generation`. The tokenizer is the folder's unless given.
+    Returns the new text for one string, else a list of `Generation`. The tokenizer is the folder's unless given. Where
+    the model is spread over processes each calls it, with prompts of its own, or none: `[]`.
     """
     options.setdefault("tokenizer", tokenizer_of(model))
     found = continue_prompts(model, prompt, **options)

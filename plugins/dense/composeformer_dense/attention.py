@@ -95,7 +95,8 @@ class Attention(nn.Module):
 
     def new_cache(self, batch_size: int, max_length: int, max_rollback: int = 0) -> TokenCache:
         """An empty cache on the weights' device, in the dtype of the keys' projection."""
-        shape = (self.k.matrix().shape[0] // self.head_dim, self.head_dim)
+        # Not of its matrix: where FSDP2 shards the weight, that is whole in a forward alone.
+        shape = (self.k.weight.shape[0] // self.head_dim, self.head_dim)
         return TokenCache(
             {"k": shape, "v": shape},
             batch_size,

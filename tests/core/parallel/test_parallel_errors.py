@@ -128,15 +128,6 @@ def test_a_part_that_tells_other_things_on_one_rank() -> None:
     assert line.startswith("the processes differ in the losses that parts tell, so they can not end a step: ")
 
 
-def test_a_model_that_is_spread_has_no_cache() -> None:
-    (line,) = told(2, lambda rank: cf.build(spec(2)).new_cache(1, 8))
-    assert (
-        line
-        == "the model is spread over 2 processes, which do not decode together; load it in one to generate"
-    )
-    assert on_ranks(2, lambda rank: cf.build(spec(1, shard=False)).new_cache(1, 8).max_rollback) == [0, 0]
-
-
 def test_a_launcher_that_does_not_say_where_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
