@@ -1,6 +1,6 @@
 """What a model is, needs and costs, from its spec alone, without torch."""
 
-from composeformer.costs.folders import Checkpoint, checkpoint
 from composeformer.costs.counts import Active, Counts, Flops, cost
+from composeformer.costs.folders import Checkpoint, checkpoint
 
 __all__ = ["Active", "Checkpoint", "Counts", "Flops", "checkpoint", "cost"]
