@@ -26,8 +26,10 @@ from composeformer_fp8.plain import High, ragged
 
 # Up to so many rows the product of integers is the quicker one.
 FEW = 8
-# It reads its inputs in vectors of this length, and beyond their end where they are not whole (PyTorch 2.13).
+# It reads its inputs in vectors of this length, and beyond their end where they are not whole; and it ends the process
+# where memory does not begin at a multiple of a vector, as that of a mapped file need not (PyTorch 2.13).
 VECTOR = 16
+ALIGNED = 64
 
 
 class RowsCodec:
@@ -100,7 +102,8 @@ class IntegerLinear(Kept):
         if offsets is not None:
             return ragged(x.float(), self.weight, bias, offsets, self.weight_scale).to(self.dtype)
         if bias is None and self.dtype == torch.bfloat16 and packed(x, self.weight):
-            rows = x.reshape(-1, x.shape[-1]).contiguous()
+            rows = aligned(x.reshape(-1, x.shape[-1]).contiguous())
+            self.weight = aligned(self.weight)
             y = torch._weight_int8pack_mm(rows, self.weight, self.weight_scale[:, 0])
             return y.view(*x.shape[:-1], y.shape[-1])
         y = x.float() @ self.weight.float().mT * self.weight_scale[:, 0].float()
@@ -110,7 +113,16 @@ class IntegerLinear(Kept):
 def packed(x: Tensor, weight: Tensor) -> bool:
     """Whether PyTorch's product of integers serves, and is the quicker one."""
     whole = x.shape[-1] % VECTOR == 0 and weight.is_contiguous()
-    return x.is_cpu and whole and 0 < x.shape[:-1].numel() <= FEW
+    few = 0 < x.shape[:-1].numel() <= FEW
+    return x.is_cpu and whole and few and not torch.compiler.is_compiling()
+
+
+def aligned(x: Tensor) -> Tensor:
+    """The tensor, or a copy where its memory begins anywhere; one that may be kept, also in inference mode."""
+    if x.data_ptr() % ALIGNED == 0:
+        return x
+    with torch.inference_mode(False):
+        return x.clone()
 
 
 class _Inference(torch.autograd.Function):

@@ -118,6 +118,28 @@ def test_integers_are_read_directly_for_few_rows_of_whole_vectors_alone() -> Non
     assert not packed(torch.zeros(1, 95), weight[:, :95])
 
 
+@pytest.mark.parametrize("offset", [1, 3, 8, 24])
+@pytest.mark.parametrize(("outputs", "inputs", "rows"), [(5, 48, 3), (128, 256, 8)])
+def test_memory_may_begin_anywhere(offset: int, outputs: int, inputs: int, rows: int) -> None:
+    """As that of a mapped file, or of a row among others: PyTorch's product of integers reads beyond what it may."""
+    generator = torch.Generator().manual_seed(offset)
+    x = torch.randn(offset + rows * inputs, generator=generator).bfloat16()[offset:].view(rows, inputs)
+    codes = torch.randint(-127, 128, (offset + outputs * inputs,), generator=generator, dtype=torch.int8)
+    weight = nn.Buffer(codes[offset:].view(outputs, inputs))
+    scales = nn.Buffer((torch.rand(offset + outputs, generator=generator) + 0.5).bfloat16()[offset:, None])
+    declared = Linear(name="map", inputs=inputs, outputs=outputs)
+    linear = Int8Policy(Int8()).linear("map", declared, weight, None, scales=(scales,))
+    before = linear.matrix()
+    with torch.inference_mode():
+        y = linear(x)
+    assert torch.equal(y, linear(x.clone()))
+    assert torch.equal(linear.matrix(), before)
+    linear.load_state_dict({name: each.clone() for name, each in linear.state_dict().items()})  # as it may be after
+    exact = x.double() @ before.double().mT
+    size = x.double().abs() @ before.double().abs().mT
+    assert ((y.double() - exact).abs() <= 2.0**-8 * exact.abs() + inputs * 2.0**-24 * size).all()
+
+
 def test_training_is_refused_in_one_line_and_inference_serves() -> None:
     model = cf.build(cf.Spec.load("tiny-deepseek-v3").with_(precision={"kind": "int8"}), seed=0)
     logits = model(torch.arange(6)[None]).logits
