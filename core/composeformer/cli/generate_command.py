@@ -1,13 +1,14 @@
-"""`compose generate`: text from a model folder, streamed."""
+"""`compose generate`: text from a model folder, streamed. Of several processes the first makes it, all take part."""
 
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import click
 
-from composeformer.cli.options import device_options, json_option, print_json, progress
-from composeformer.errors import InputError
+from composeformer.cli.options import device_options, json_option, print_json, progress, set_option
+from composeformer.errors import ComposeError, InputError
 
 
 @click.command(
@@ -40,6 +41,7 @@ from composeformer.errors import InputError
 @click.option(
     "--speculate", is_flag=True, help="Draft with the model's predictor and verify several tokens at once."
 )
+@set_option
 @device_options
 @json_option
 def command(
@@ -55,6 +57,7 @@ def command(
     seed: int,
     stop: tuple[str, ...],
     speculate: bool,
+    settings: tuple[str, ...],
     device: str,
     dtype: str | None,
     as_json: bool,
@@ -70,14 +73,11 @@ def command(
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     with progress("loading") as advance:
-        model = load(folder, device=device, dtype=dtype, progress=advance)
+        model = load(folder, device=device, dtype=dtype, overrides=settings, progress=advance)
     tokenizer = tokenizer_of(model)
     if tokenizer is None:
         raise InputError(f"{folder}: has no tokenizer.json, so it takes token ids only (from Python)")
-    texts = [_standard_input() if prompt == "-" else prompt for prompt in prompts]
-    given: Any = texts or [
-        tokenizer.encode(text, add_special=False) for text in _chats(tokenizer, messages, system)
-    ]
+    given = _given(model, tokenizer, prompts, messages, system)
     options: dict[str, Any] = {
         "tokenizer": tokenizer,
         "max_new_tokens": max_new_tokens,
@@ -85,7 +85,9 @@ def command(
         "stop": stop,
         "speculate": speculate,
     }
-    if as_json:
+    if model.placement.world.rank:
+        generate(model, given, **options)
+    elif as_json:
         rows = [
             {
                 "text": row.text,
@@ -110,6 +112,26 @@ def command(
         _report(sum(len(row.ids) for row in made), *(sum(n) for n in zip(*(row.drafting for row in made))))
 
 
+def _given(
+    model: Any, tokenizer: Any, prompts: tuple[str, ...], messages: tuple[str, ...], system: str | None
+) -> list[Any]:
+    """Prompts as text or ids; none in any process but the first, which alone reads standard input."""
+    world = model.placement.world
+    if world.rank:
+        if told := world.first(None):
+            raise InputError(*told.split("\n"))
+        return []
+    try:
+        texts = [_standard_input() if prompt == "-" else prompt for prompt in prompts]
+        chats = _chats(tokenizer, messages, system) if messages else []
+        found = texts or [tokenizer.encode(text, add_special=False) for text in chats]
+    except ComposeError as error:
+        world.first("\n".join(error.lines))
+        raise
+    world.first("")
+    return found
+
+
 def _standard_input() -> str:
     if sys.stdin is None:
         raise InputError("--prompt -: standard input is closed")
@@ -123,10 +145,12 @@ def _stream(model: Any, given: Any, options: dict[str, Any]) -> None:
     from composeformer.generation import stream
 
     taken, last = 0, None
-    for piece in stream(model, given, **options):
-        sys.stdout.write(piece.text)
-        sys.stdout.flush()
-        taken, last = taken + len(piece.ids), piece
+    # Other processes wait for each step, so one that can not be written ends the stream.
+    with closing(stream(model, given, **options)) as pieces:
+        for piece in pieces:
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+            taken, last = taken + len(piece.ids), piece
     sys.stdout.write("\n")
     if last is not None:
         _report(taken, *last.drafting)

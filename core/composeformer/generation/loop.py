@@ -7,7 +7,7 @@ model that is spread over processes, with the last row of them all (`together`).
 Shapes: B rows, T tokens of the longest prompt.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 
 import attrs
@@ -91,7 +91,7 @@ def stream(
     max_length: int | None = None,
     prefill_chunk: int | None = None,
     speculate: bool = False,
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """Continues one prompt as `generate` does, giving text as it becomes certain; without a tokenizer, ids.
 
     Wrong arguments raise here, not at the first piece. Of a model that is spread over processes a stream is read to
@@ -111,7 +111,7 @@ def stream(
     return _pieces(rows[0], steps, silent=tokenizer is None)
 
 
-def _pieces(row: Row, steps: Generator[list[str], None, None], silent: bool) -> Iterator[Piece]:
+def _pieces(row: Row, steps: Generator[list[str], None, None], silent: bool) -> Generator[Piece, None, None]:
     given = 0
     with closing(steps):
         for pieces in steps:

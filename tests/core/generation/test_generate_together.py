@@ -1,6 +1,6 @@
 """Processes that share a model make together what each prompt gets of it in one, whatever prompts each has."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -198,10 +198,10 @@ def test_streams_beside_calls_without_prompts_and_streams_that_are_closed(alone:
         found = generate(model, "efg", speculate=speculate, **options)
         return ["".join(piece.text for piece in pieces), found[0].text]
 
-    def take(pieces: Iterator[Any]) -> list[str]:
+    def take(pieces: Generator[Any, None, None]) -> list[str]:
         """The first piece alone."""
         first = next(pieces).text
-        pieces.close()  # type: ignore[attr-defined]
+        pieces.close()
         return [first]
 
     for speculate in (False, True):
