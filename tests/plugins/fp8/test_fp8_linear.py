@@ -76,6 +76,31 @@ def test_gradients_are_those_of_float64_within_the_declared_bound(name: str, pol
         assert (found.double() - exact).norm() < 1.5 * recipe.typical_error(backward) * exact.norm()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("ends", [None, [40, 40, 110]])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_map_rounds_nothing_but_operands_and_its_output_once(
+    name: str, policy: str, ends: list[int] | None, bias: bool
+) -> None:
+    """Inputs in fp32 are kept for the backward pass as they came, and a bias is added before the output is rounded."""
+    linear = made(name, policy, groups=None if ends is None else len(ends), bias=bias)
+    products, weight = linear.products, linear.weight.detach()
+    x = content("even", (120, 200), 2).requires_grad_()
+    gradient = content("even", (120, 130), 3).bfloat16()
+    y = linear(x) if ends is None else linear(x, torch.tensor(ends))
+    y.backward(gradient)
+    held = products.held(weight)
+    expected = products.output(x.detach(), held, ends)
+    if bias:
+        rows = torch.tensor([120] if ends is None else ends)
+        group_N = torch.searchsorted(rows, torch.arange(120), right=True)
+        expected = expected + torch.cat([linear.bias.detach().view(-1, 130), torch.zeros(1, 130)])[group_N]
+    assert torch.equal(y, expected.bfloat16())
+    assert torch.equal(x.grad, products.to_input(gradient, held, ends))  # type: ignore[arg-type]
+    assert torch.equal(weight_gradient(linear), products.to_weight(gradient, x.detach(), ends))
+
+
 def weight_gradient(linear: nn.Module) -> Tensor:
     found: Tensor = linear.weight.grad
     assert found.dtype == torch.float32
