@@ -110,6 +110,16 @@ def test_groups_are_maps_of_their_own_and_rows_of_nobody_are_zeros(bias: bool) -
         assert ((y[row].double() - exact).abs() <= 2.0**-8 * exact.abs() + 2.0**-12).all()
 
 
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("groups", [None, 2])
+def test_activations_are_bfloat16_whatever_comes(rows: int, groups: int | None) -> None:
+    linear, _ = made(96, 33, groups=groups)
+    offsets = () if groups is None else (torch.tensor([rows // 2, rows]),)
+    x = content("even", (rows, 96), 3)
+    assert torch.equal(linear(x, *offsets), linear(x.bfloat16(), *offsets))
+    assert not torch.equal(linear(x, *offsets), linear(x.bfloat16() * 1.01, *offsets))
+
+
 def test_integers_are_read_directly_for_few_rows_of_whole_vectors_alone() -> None:
     weight = torch.zeros(8, 96, dtype=torch.int8)
     assert packed(torch.zeros(FEW, 96), weight)
