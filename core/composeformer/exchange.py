@@ -12,6 +12,7 @@ says `processes = "one"` is refused where several processes share experts.
 Shapes: N tokens of this process, D features, K experts a token, M rows, E experts of this process.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -32,6 +33,13 @@ class CommError(ComposeError):
     """Processes that did not meet in a collective: who waited, in which one, with which sizes."""
 
     exit_code = 1
+
+    @classmethod
+    def of(cls, told: str, begun: float, error: Exception) -> "CommError":
+        """One line: `told`, how long it took since `begun` on the monotonic clock, and what the library said."""
+        said = " ".join(str(error).split())
+        said = said if len(said) <= 200 else said[:197] + "..."
+        return cls(f"{told}, failed after {time.monotonic() - begun:.1f} s: {said}")
 
 
 class Exchange(Protocol):

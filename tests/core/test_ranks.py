@@ -71,3 +71,14 @@ def test_a_rank_that_hangs_fails_the_call_and_shows_where_it_stood() -> None:
     with pytest.raises(RanksFailed, match=r"(?s)rank 0 was not done after 2 s.*in run"):
         on_ranks(2, run, timeout=2.0)
     assert time.monotonic() - started < 20
+
+
+def test_a_rank_whose_end_closes_before_it_is_dead_is_told_with_its_exit_code() -> None:
+    def run(rank: int) -> None:
+        # As a process does that dies: files first.
+        os.closerange(3, 256)
+        threading.Event().wait(0.2)
+        os._exit(9)
+
+    with pytest.raises(RanksFailed, match=r"rank 0 died with exit code 9"):
+        on_ranks(1, run, gloo=False)

@@ -15,6 +15,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from composeformer.errors import ComposeError, DialectError, FolderError, InputError
+from composeformer.exchange import CommError
 from composeformer.parallel.pieces import is_shard, local
 from composeformer.parallel.placement import Placement
 
@@ -57,6 +58,9 @@ def lead(placement: Placement, state: Mapping[str, Tensor], work: Callable[[Get]
         return
     try:
         work(get)
+    except CommError:
+        # Nobody is left who could be told.
+        raise
     except BaseException as error:
         _say((FAILED, 0, 0), placement)
         lines = error.lines if isinstance(error, ComposeError) else (f"process 0 failed: {_told(error)}",)
@@ -80,7 +84,8 @@ def _follow(placement: Placement, state: Mapping[str, Tensor], names: Sequence[s
 def _say(numbers: tuple[int, ...], placement: Placement) -> list[int]:
     """The numbers that the first process says."""
     said = torch.tensor(numbers, device=placement.world.device)
-    dist.broadcast(said, 0)
+    with placement.world.meets("which tensor process 0 wants"):
+        dist.broadcast(said, 0)
     found: list[int] = said.tolist()
     return found
 
@@ -91,6 +96,11 @@ def _told(error: BaseException) -> str:
 
 def _found(placement: Placement, name: str, tensor: Tensor, groups: Groups | None) -> Tensor | None:
     """The tensor, or groups of it, in the first process; None in others, which send what they hold."""
+    with placement.world.meets(name):
+        return _collected(placement, name, tensor, groups)
+
+
+def _collected(placement: Placement, name: str, tensor: Tensor, groups: Groups | None) -> Tensor | None:
     world = placement.world
     number = placement.stacks.get(name)
     if is_shard(tensor):

@@ -107,10 +107,11 @@ def place(spec: "Spec", device: str = "cpu") -> Placement:
     if torch.device(device).index is not None:
         told = "each of several processes has a device of its own; name the kind alone"
         raise InputError(f"device = {device}: {told}")
+    world = worlds.world(wanted, device)
+    # What one of them alone would refuse, the others would wait for.
+    world.agree(_digest(spec), "build one model")
     if problems := list(_problems(spec, size)):
         raise SpecError(problems)
-    world = worlds.world(wanted, device)
-    world.agree(_digest(spec), "build one model")
     return Placement(spec=spec, world=world, shard=spec.parallel.shard)
 
 

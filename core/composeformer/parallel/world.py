@@ -7,7 +7,9 @@ where they can. Ranks of equal place in their groups hold the same experts.
 import atexit
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +18,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from composeformer.errors import InputError, one_of
+from composeformer.errors import InputError, one_of, show
+from composeformer.exchange import CommError
 from composeformer.parallel.words import Words, gathered, shared_words, told_by_first
 
 log = logging.getLogger(__name__)
@@ -86,13 +89,22 @@ class World:
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, the same bits in each; in place."""
         if self.size > 1:
-            dist.all_reduce(values)
+            with self.meets(f"the sum of {values.dtype} {tuple(values.shape)}"):
+                dist.all_reduce(values)
         return values
 
     def largest(self, values: Tensor) -> Tensor:
         """The element-wise maximum over all processes; in place."""
         if self.size > 1:
-            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+            with self.meets(f"the maximum of {values.dtype} {tuple(values.shape)}"):
+                dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
+    def sum_copies(self, values: Tensor) -> Tensor:
+        """The sum over the processes that hold the same experts; in place."""
+        if self.copies > 1:
+            with self.meets(f"the sum, over expert groups, of {values.dtype} {tuple(values.shape)}"):
+                dist.all_reduce(values, group=self.outer_group)
         return values
 
     def agree(self, words: Mapping[str, str], what: str) -> None:
@@ -101,15 +113,31 @@ class World:
         Every process calls it. `what` is what they were about to do.
         """
         if self.size > 1:
-            shared_words(Words(words), what, self.rank, self.size, self.device)
+            with self.meets(f"comparing {one_of(words)}"):
+                shared_words(Words(words), what, self.rank, self.size, self.device)
 
     def every(self, text: str) -> Sequence[str]:
         """Every process's text, in their order."""
-        return [text] if self.size == 1 else gathered(text, self.size, self.device)
+        if self.size == 1:
+            return [text]
+        with self.meets("telling each other"):
+            return gathered(text, self.size, self.device)
 
     def first(self, text: str | None) -> str:
         """The text that the first process gives, in every process."""
-        return str(text) if self.size == 1 else told_by_first(text, self.rank, self.device)
+        if self.size == 1:
+            return str(text)
+        with self.meets("being told by process 0"):
+            return told_by_first(text, self.rank, self.device)
+
+    @contextmanager
+    def meets(self, where: str) -> Iterator[None]:
+        """Raises CommError, with who waited and `where`, in place of what a collective inside raises."""
+        begun = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            raise CommError.of(f"process {self.rank} of {self.size}: {where}", begun, error) from error
 
 
 ALONE = World()
@@ -122,7 +150,8 @@ def start(device: str = "cpu") -> None:
     """Lets the processes that torchrun started meet, over gloo for the cpu and NCCL for cuda; once.
 
     Nothing where there is one process, or where they have met. Raises InputError for a backend that this PyTorch
-    lacks, or a launcher that does not say where to meet.
+    lacks, a device for which the program did not let them meet, or a launcher that does not say where to meet;
+    CommError where not all come.
     """
     global _started
     kind = torch.device(device).type
@@ -131,13 +160,13 @@ def start(device: str = "cpu") -> None:
         if _started == "cpu" and kind != "cpu":
             told = "processes have met over gloo for the cpu; composeformer.parallel.stop() parts them"
             raise InputError(f"device = {device}: {told}")
+        if _started is None and kind not in (there := _kinds()):
+            told = f"the program let processes meet for {one_of(there)} alone, by init_process_group"
+            raise InputError(f"device = {device}: {told}")
         return
-    if int(os.environ.get("WORLD_SIZE") or 1) < 2:
+    if (os.environ.get("WORLD_SIZE") or "1") == "1":
         return
-    missing = [name for name in VARIABLES if not os.environ.get(name)]
-    if missing:
-        told = f"WORLD_SIZE = {os.environ['WORLD_SIZE']}, but there is no {one_of(missing)}"
-        raise InputError(f"{told}: processes are started by torchrun, or must say where they meet")
+    size = _checked()
     backend = BACKENDS.get(kind)
     if backend is None:
         raise InputError(f"device = {device}: no way for processes to meet; there are {one_of(BACKENDS)}")
@@ -148,9 +177,35 @@ def start(device: str = "cpu") -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         # What is no model's tensor travels on the cpu.
         backend = f"cpu:{BACKENDS['cpu']},cuda:{backend}"
-    dist.init_process_group(backend)
+    begun = time.monotonic()
+    try:
+        dist.init_process_group(backend)
+    except RuntimeError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        told = f"process {os.environ['RANK']} of {size}: meeting at {place} over {backend}"
+        raise CommError.of(told, begun, error) from error
     _started = kind
     atexit.register(stop)
+
+
+def _checked() -> int:
+    """The number of processes, where the environment says all that they need to meet."""
+    found = {name: os.environ.get(name) or "" for name in VARIABLES}
+    if missing := [name for name, value in found.items() if not value]:
+        told = f"WORLD_SIZE = {found['WORLD_SIZE']}, but there is no {one_of(missing)}"
+        raise InputError(f"{told}: processes are started by torchrun, or must say where they meet")
+    for name, least, beyond in (("WORLD_SIZE", 1, None), ("RANK", 0, "WORLD_SIZE"), ("MASTER_PORT", 0, None)):
+        value, limit = found[name], None if beyond is None else int(found[beyond])
+        if not value.isdecimal() or int(value) < least or (limit is not None and int(value) >= limit):
+            below = "" if limit is None else f" and < {beyond} ({limit})"
+            raise InputError(f"{name} = {show(value)}: must be an integer >= {least}{below}, as torchrun sets it")
+    return int(found["WORLD_SIZE"])
+
+
+def _kinds() -> list[str]:
+    """The kinds of devices for which processes have met."""
+    pairs = dist.get_backend_config().split(",")
+    return [pair.partition(":")[0] for pair in pairs]
 
 
 def stop() -> None:

@@ -69,10 +69,18 @@ def _gathered(
             failed |= {rank: _stuck(rank, folder, timeout) for rank in left}
             break
         for rank in left:
-            if pipes[rank].poll():
-                done, value = pipes[rank].recv()
-                (found if done else failed)[rank] = value
-            elif not ranks[rank].is_alive():
+            # In this order: one that is dead now says no more than what is there already.
+            dead = not ranks[rank].is_alive()
+            try:
+                if pipes[rank].poll():
+                    done, value = pipes[rank].recv()
+                    (found if done else failed)[rank] = value
+                    continue
+            except EOFError:
+                # A dying process closes its end a moment before it counts as dead.
+                ranks[rank].join(5.0)
+                dead = True
+            if dead:
                 failed[rank] = f"rank {rank} died with exit code {ranks[rank].exitcode}"
     if failed:
         raise RanksFailed("\n".join(failed[rank] for rank in sorted(failed)))

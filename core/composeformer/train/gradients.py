@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from composeformer.decoder import Model
 from composeformer.parallel.pieces import is_shard, local
@@ -51,10 +51,9 @@ class Gradients:
         for parameter, anywhere in zip(loose, self.world.largest(used).tolist(), strict=True):
             if anywhere and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if self.world.outer_group is not None:
-            for parameter in self.experts:
-                if parameter.grad is not None:
-                    distributed.all_reduce(parameter.grad, group=self.world.outer_group)
+        for parameter in self.experts:
+            if parameter.grad is not None:
+                self.world.sum_copies(parameter.grad)
         for bucket in _buckets([p.grad for p in self.whole if p.grad is not None]):
             joined = self.world.sum(torch.cat([gradient.reshape(-1) for gradient in bucket]))
             parts = torch.split(joined, [gradient.numel() for gradient in bucket])

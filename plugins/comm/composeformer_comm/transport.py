@@ -35,7 +35,7 @@ class Pending:
         try:
             self._work.wait()
         except RuntimeError as error:
-            raise failed(self._told, self._begun, error) from error
+            raise CommError.of(self._told, self._begun, error) from error
         self._sending = None
         return self._arriving
 
@@ -83,12 +83,5 @@ class Transport:
                 arriving, rows, list(received), list(sent), group=self.group, async_op=True
             )
         except RuntimeError as error:
-            raise failed(told, begun, error) from error
+            raise CommError.of(told, begun, error) from error
         return Pending(work, rows, arriving, told)
-
-
-def failed(told: str, begun: float, error: Exception) -> CommError:
-    """One line of who waited, how long, and what the library said."""
-    said = " ".join(str(error).split())
-    said = said if len(said) <= 200 else said[:197] + "..."
-    return CommError(f"{told}, failed after {time.monotonic() - begun:.1f} s: {said}")

@@ -1,7 +1,9 @@
 """What can not be run by several processes is one line, in all of them, before anything hangs."""
 
 import os
+import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +14,10 @@ import composeformer as cf
 from composeformer import plugins
 from composeformer.decoder import Model
 from composeformer.errors import ComposeError, InputError
+from composeformer.exchange import CommError
 from composeformer.parallel import start, stop
 from composeformer.tensors import Aux, Batch, Output
-from composeformer.testing.ranks import on_ranks
+from composeformer.testing.ranks import RanksFailed, on_ranks
 from composeformer.train import train_step, trainer
 
 from .conftest import VOCAB, Rows, spec
@@ -69,6 +72,9 @@ def test_processes_that_would_build_different_models() -> None:
     rates = '"learning_rate = 0.5"', '"learning_rate = 1.5"'
     assert told(2, other_run) == (said.format("the spec", *rates),)
     assert told(2, lambda rank: cf.build(spec(2), seed=rank)) == (said.format("the seed", '"0"', '"1"'),)
+    # Three processes are no whole groups of two; the last alone would build, and wait for ever.
+    (line,) = told(3, lambda rank: cf.build(spec(1 if rank == 2 else 2), device="meta"))
+    assert line == said.format("the spec", '"expert = 2"', '"expert = 1"').replace("process 1", "process 2")
     (line,) = told(2, other_plugins)
     assert line.startswith(
         "the processes differ in their plugins, so they can not build one model: process 0 has"
@@ -138,6 +144,84 @@ def test_a_launcher_that_does_not_say_where_to_meet(monkeypatch: pytest.MonkeyPa
         "WORLD_SIZE = 2, but there is no RANK, MASTER_ADDR, MASTER_PORT: processes are started by torchrun, or must "
         "say where they meet",
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("WORLD_SIZE", "two", 'WORLD_SIZE = "two": must be an integer >= 1, as torchrun sets it'),
+        ("WORLD_SIZE", "0", 'WORLD_SIZE = "0": must be an integer >= 1, as torchrun sets it'),
+        ("RANK", "-1", 'RANK = "-1": must be an integer >= 0 and < WORLD_SIZE (2), as torchrun sets it'),
+        ("RANK", "2", 'RANK = "2": must be an integer >= 0 and < WORLD_SIZE (2), as torchrun sets it'),
+        ("MASTER_PORT", "near", 'MASTER_PORT = "near": must be an integer >= 0, as torchrun sets it'),
+    ],
+)
+def test_an_environment_that_is_no_launchers(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    right = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for each, held in (right | {name: value}).items():
+        monkeypatch.setenv(each, held)
+    with pytest.raises(InputError) as caught:
+        start()
+    assert caught.value.lines == (said,)
+
+
+def test_a_place_to_meet_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        where = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in where.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(CommError) as caught:
+            start()
+    (line,) = caught.value.lines
+    assert line.startswith(f"process 0 of 2: meeting at 127.0.0.1:{port} over gloo, failed after ")
+    assert not dist.is_initialized()
+
+
+def test_a_device_for_which_the_program_did_not_let_processes_meet(tmp_path: Path) -> None:
+    def run(rank: int) -> str:
+        dist.init_process_group("cuda:gloo", init_method=f"file://{tmp_path / 'met'}", rank=rank, world_size=2)
+        with pytest.raises(InputError) as caught:
+            cf.build(spec(2), device="meta")
+        return str(caught.value)
+
+    said = "device = meta: the program let processes meet for cuda alone, by init_process_group"
+    assert on_ranks(2, run, gloo=False) == [said] * 2
+
+
+@pytest.mark.parametrize("where", ["loss", "step"])
+def test_a_process_that_ends_in_a_step_ends_the_others_with_a_line(where: str, tmp_path: Path) -> None:
+    """After its forward passes, or after its backward passes."""
+
+    def run(rank: int) -> None:
+        model = cf.build(spec(1, shard=False))
+        objective, optimizer = trainer(model)
+        if rank == 1 and where == "loss":
+            objective = Leaves(objective)
+        if rank == 1 and where == "step":
+            leave = lambda *_: os._exit(3)  # noqa: E731
+            next(iter(model.parameters())).register_post_accumulate_grad_hook(leave)
+        with pytest.raises(CommError) as caught:
+            train_step(model, [BATCH.batch()], objective, optimizer, step=0)
+        (tmp_path / str(rank)).write_text("|".join(caught.value.lines))
+
+    with pytest.raises(RanksFailed, match=r"^rank 1 died with exit code 3$"):
+        on_ranks(2, run, timeout=30)
+    line = (tmp_path / "0").read_text()
+    assert line.startswith("process 0 of 2: the maximum of torch.int32 (")
+    assert "failed after" in line
+
+
+class Leaves:
+    """An objective that ends its process."""
+
+    def __init__(self, objective: Any) -> None:
+        self.weight = objective.weight
+
+    def __call__(self, *_: object) -> None:
+        os._exit(3)
 
 
 def test_a_device_by_number() -> None:

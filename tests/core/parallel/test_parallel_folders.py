@@ -1,16 +1,20 @@
 """A folder is the same whatever processes wrote it, and any number of them reads it."""
 
+import os
 import resource
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
 
 import composeformer as cf
 from composeformer.errors import ComposeError, FolderError, InputError
+from composeformer.exchange import CommError
+from composeformer.parallel import gathering
 from composeformer.spec import Spec
-from composeformer.testing.ranks import on_ranks
+from composeformer.testing.ranks import RanksFailed, on_ranks
 
 from .conftest import Held, held, joined, raw, spec
 
@@ -140,6 +144,37 @@ def test_where_the_first_process_can_not_write_all_end_with_its_line(tmp_path: P
         assert len(lines) == 1
         assert said in lines[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_process_that_is_killed_while_a_folder_is_replaced_leaves_the_old_one(
+    dies: int, tmp_path: Path
+) -> None:
+    target, found = tmp_path / "folder", spec(2)
+    cf.save(cf.build(found, seed=1), target)
+    before = files(target)
+
+    def write(rank: int) -> None:
+        model = cf.build(found, seed=2)
+        collected, number = gathering._collected, [0]
+
+        def counted(*args: Any) -> Any:
+            number[0] += 1
+            if number[0] == 7 and rank == dies:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return collected(*args)
+
+        gathering._collected = counted
+        with pytest.raises(CommError) as caught:
+            cf.save(model, target, replace=True)
+        (tmp_path / "told").write_text("|".join(caught.value.lines))
+
+    with pytest.raises(RanksFailed, match=rf"^rank {dies} died with exit code -9$"):
+        on_ranks(2, write, timeout=30)
+    assert files(target) == before
+    assert (tmp_path / "told").read_text().startswith(f"process {1 - dies} of 2: ")
+    if dies:
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "told"]
 
 
 def test_an_error_of_another_sort_names_itself_in_the_others(tmp_path: Path) -> None:
