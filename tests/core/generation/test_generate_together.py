@@ -61,7 +61,7 @@ MODEL: dict[str, Any] = {
     "train": {"learning_rate": 0.05},
 }
 # Processes, those that share the experts, whether the rest is sharded.
-LAYOUTS = ((1, 1, True), (2, 1, True), (2, 2, False), (4, 2, True), (4, 4, False), (4, 4, True))
+LAYOUTS = ((1, 1, True), (2, 1, True), (2, 2, False), (4, 2, True), (4, 4, False))
 
 
 def spec(experts: int = 1, shard: bool = True, **changes: Any) -> Spec:
@@ -102,16 +102,16 @@ def test_every_row_is_that_of_one_process(layout: tuple[int, int, bool], alone: 
     size, experts, shard = layout
 
     @settings(max_examples=1, deadline=None)
-    @given(st.lists(calls(size), min_size=5, max_size=5))
+    @given(st.lists(calls(size), min_size=4, max_size=4))
     def check(plan: list[list[dict[str, Any]]]) -> None:
         def run(rank: int) -> list[list[Generation]]:
             model = cf.build(spec(experts, shard), seed=3)
-            return [made(model, call[rank], speculate=n > 2) for n, call in enumerate(plan)]
+            return [made(model, call[rank], speculate=n > 1) for n, call in enumerate(plan)]
 
         together = on_ranks(size, run)
         for n, call in enumerate(plan):
             found = [each[n] for each in together]
-            assert found == [made(alone, bring, speculate=n > 2) for bring in call]
+            assert found == [made(alone, bring, speculate=n > 1) for bring in call]
 
     check()
 
