@@ -23,7 +23,7 @@ STRIP = 130_000
 
 def rounded(x: Float[Tensor, "R C"], block: Block, form: Narrow, rule: str) -> Float[Tensor, "R C"]:
     """`dequantise(*quantise(x))` in fp32."""
-    found = torch.empty(x.shape, dtype=torch.float32)
+    found = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     if not x.numel():
         return found
     rows, columns = x.shape
@@ -66,7 +66,7 @@ def _cut(x: Tensor, dim: int, size: int) -> Iterator[Tensor]:
 
 def _round(x: Tensor, form: Narrow, rule: str, scales: Tensor | None) -> None:
     """In place."""
-    buffer = torch.empty(x.shape)
+    buffer = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     if scales is None:
         scales = scale(_magnitude(x, buffer), form, rule)
     x.div_(scales)

@@ -1,5 +1,8 @@
 """Linear maps of the scaled policies: gradients, groups, dtypes, recomputation, the matrix they multiply by."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -99,6 +102,40 @@ def test_a_map_rounds_nothing_but_operands_and_its_output_once(
     assert torch.equal(y, expected.bfloat16())
     assert torch.equal(x.grad, products.to_input(gradient, held, ends))  # type: ignore[arg-type]
     assert torch.equal(weight_gradient(linear), products.to_weight(gradient, x.detach(), ends))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nothing_that_a_process_sets_changes_a_product(name: str, policy: str) -> None:
+    """Its default dtype, its default device, and autocast are of other operations."""
+    found = []
+    settings: tuple[AbstractContextManager[object], ...] = (
+        nullcontext(),
+        default_dtype(torch.float64),
+        default_dtype(torch.float16),
+        torch.device("meta"),
+        torch.autocast("cpu", torch.bfloat16),
+    )
+    for setting in settings:
+        linear = made(name, policy)
+        x = content("even", (140, 200), 2).bfloat16().requires_grad_()
+        gradient = torch.ones(140, 130, dtype=torch.bfloat16)
+        with setting:
+            y = linear(x)
+            y.backward(gradient)
+            found.append((y, linear.matrix(), x.grad, linear.weight.grad))
+    for each in found[1:]:
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(each, found[0], strict=True))
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def weight_gradient(linear: nn.Module) -> Tensor:
