@@ -42,7 +42,8 @@ class Int8(Precision):
         """The largest error of one element of a product over `inputs`, before its rounding to bfloat16, in units of
         sum_k |a_k| W, W the largest magnitude of the weight's row.
 
-        A code errs by half a scale, which is W / 127 but for its own rounding to bfloat16; activations are exact.
+        A code errs by half a scale, which is W / 127 but for its own rounding to bfloat16, where that is above 2^-126;
+        activations are exact.
         """
         return 0.5 / LARGEST * (1 + 2.0**-8) + (inputs + 2) * 2.0**-24
 
