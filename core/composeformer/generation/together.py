@@ -36,6 +36,7 @@ def steps_together(
     """
     world = model.placement.world
     decoding, wrong = _tried(prepare)
+    speculate = bool(speculate)
     number = 0 if decoding is None else decoding.num_chunks(chunk)
     told = torch.tensor([wrong is not None, number, speculate, -int(speculate)], device=world.device)
     failed, most, any_drafts, none_drafts = world.largest(told).tolist()
