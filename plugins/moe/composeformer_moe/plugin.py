@@ -12,7 +12,12 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def grouped_needs(facts: Facts) -> str | None:
-    """PyTorch's grouped product takes no float64, and rows of whole 16 bytes."""
+    """PyTorch's grouped product takes no float64, and rows of whole 16 bytes. A policy with scales has its own, and
+    declares that for experts: what reads matrices multiplies in higher precision.
+    """
+    formats = facts.site.spec.formats.tensors
+    if any(formats[f"{facts.site.path}.{name}.weight"].block for name in ("gate", "up", "down")):
+        return None
     if facts.dtype not in BYTES:
         return f"PyTorch's grouped product takes no {facts.dtype}"
     for name, size in (

@@ -235,6 +235,23 @@ def test_implementation_that_can_not_serve_is_one_error_by_name_and_a_notice_by_
     assert any("fast to reference" in line for line in caplog.messages)
 
 
+@pytest.mark.parametrize("base", [{"kind": "bf16"}, {"kind": "full", "dtype": "float64"}])
+@pytest.mark.parametrize("form", ["fp8-block", "mxfp8", "int8"])
+def test_experts_of_any_width_are_multiplied_as_their_format_says(base: dict[str, Any], form: str) -> None:
+    """Also where PyTorch has no grouped product of that width or dtype; it is not what multiplies them."""
+    rules = [{"roles": "layers.1.ffn", "format": form}]
+    odd = cf.Spec.load("tiny-moe").with_({"ffn.experts.intermediate_size": 20}, precision={**base, "rules": rules})
+    choices = cf.build(odd, device="meta").choices
+    assert set(choices["layers.1.ffn"].values()) == {"grouped"}
+    assert set(choices["layers.0.ffn"].values()) == {"batched"}
+    model = cf.build(odd, seed=0)
+    asked: list[Any] = []
+    for name in ("gate", "up", "down"):
+        getattr(model.layers[1].ffn, name).register_forward_hook(lambda *given: asked.append(given[2].dtype))  # type: ignore[union-attr, index]
+    assert model(torch.arange(12)[None]).logits.isfinite().all()
+    assert asked == [torch.float64 if base["kind"] == "full" else torch.bfloat16] * 3
+
+
 def test_unknown_format_is_one_error_that_names_the_nearest() -> None:
     with pytest.raises(cf.ComposeError) as told:
         spec({"kind": "fp8-blok"})
