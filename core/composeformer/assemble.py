@@ -311,7 +311,11 @@ def coded(spec: Spec, values: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[st
         if kind not in made:
             component = spec.registry.get("codec", kind)
             made[kind] = lazy.load(component.implementations[0].module)(component.config())
-        yield from zip(held, made[kind].encode(value), strict=True)
+        try:
+            parts = made[kind].encode(value)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+        yield from zip(held, parts, strict=True)
 
 
 __all__ = ["Builder", "Site", "TensorSite", "build", "coded", "fill", "skeleton"]

@@ -135,16 +135,22 @@ def config(spec: "Spec", transfers: Callable[[], Iterable[Transfer]]) -> dict[st
     """The `quantization_config` of a model, in a table; empty where no weight is stored as codes.
 
     It lists the modules that a reader would take for codes: maps that are not sensitive, and are stored plainly.
+    Raises DialectError where no table can say it, and where codes can not be moved.
     """
     formats = spec.formats
     if not formats.coded:
         return {}
     first = next(iter(formats.coded))
-    coding = of_codec(str(formats.tensors[first].codec))
+    coding, *others = map(of_codec, dict.fromkeys(str(formats.tensors[name].codec) for name in formats.coded))
+    if others:
+        kinds = [each.codec for each in (coding, *others)]
+        raise DialectError(f"weights are stored by the codecs {one_of(kinds)}, and {TABLE} names one")
+    moved = list(transfers())
+    extended(moved, spec)
     linears = {f"{role}.weight" for role, linear in spec.plan.linears.items() if not linear.sensitive}
     plain = linears - formats.coded.keys()
     modules: dict[str, None] = {}
-    for each in transfers() if plain else ():
+    for each in moved if plain else ():
         if each.ours is not None and not plain.isdisjoint(each.ours.names):
             modules |= dict.fromkeys(name.removesuffix(".weight") for name in each.theirs.names)
     policy = formats.decides(first.rpartition(".")[0]).config

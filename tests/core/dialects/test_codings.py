@@ -197,6 +197,14 @@ for name, value in model.state_dict().items():
 plain = cf.load("theirs", dtype="float32").state_dict()
 codes, scales = (model.state_dict()["layers.0.ffn.up." + n] for n in ("weight", "weight_scale"))
 assert torch.equal(plain["layers.0.ffn.up.weight"], codes.float() * scales.float())
+other = {"roles": "*.mixer", "format": {"kind": "fp8-block", "weights": "float8_e4m3fn"}}
+assert cf.save(cf.build(spec.with_(precision={"rules": [other]})), "both") == "native"
+try:
+    cf.export_model("both", "refused")
+except cf.ComposeError as error:
+    assert "the codecs f8-128x128, int8-row, and quantization_config names one" in str(error), error
+else:
+    raise AssertionError("one config says two forms")
 """
 
 

@@ -1,6 +1,7 @@
 """Codes and scales through what is done to whole models: casts, copies, training."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import composeformer as cf
 from composeformer.decoder import Model
-from composeformer.errors import SpecError
+from composeformer.errors import DialectError, InputError, SpecError
 from composeformer.train import trainer
 
 STORED: dict[str, dict[str, Any]] = {
@@ -79,3 +80,33 @@ def test_trainer_names_the_rule_that_stores_codes() -> None:
         trainer(model)
     (line,) = told.value.lines
     assert 'precision.rules.1.format.kind = "int8": layers.1.mixer.o.weight is stored as codes' in line
+
+
+def test_codes_of_several_forms_are_saved_and_opened_as_they_are(tmp_path: Path) -> None:
+    """No dialect says both forms; a folder of ours does."""
+    rules = [{"roles": "*.down", "format": {"kind": "int8"}}]
+    model = made({**STORED["block"], "rules": rules})
+    assert {form.codec for form in model.spec.formats.tensors.values()} == {None, "f8-128x128", "int8-row"}
+    assert cf.save(model, tmp_path / "model") == "native"
+    again = cf.load(tmp_path / "model").eval()
+    state = model.state_dict()
+    assert again.state_dict().keys() == state.keys()
+    for name, tensor in again.state_dict().items():
+        assert tensor.dtype == state[name].dtype
+        assert torch.equal(bits(tensor), bits(state[name])), name
+    decoded = cf.load(tmp_path / "model", weights="float32")
+    down = model.layers[1].ffn.down  # type: ignore[union-attr, index]
+    assert torch.equal(decoded.get_parameter("layers.1.ffn.down.weight"), down.matrix())  # type: ignore[union-attr, operator]
+    with pytest.raises(DialectError, match="by the codec int8-row, for which no dialect has names"):
+        cf.export_model(tmp_path / "model", tmp_path / "exported")
+
+
+def test_weight_that_can_not_be_coded_is_named(tmp_path: Path) -> None:
+    model = made({"kind": "full"})
+    with torch.no_grad():
+        model.get_parameter("layers.1.mixer.o.weight")[0, 0] = torch.nan
+    cf.save(model, tmp_path / "model")
+    with pytest.raises(InputError) as told:
+        cf.load(tmp_path / "model", overrides=["precision.kind=int8"])
+    (line,) = told.value.lines
+    assert line == "layers.1.mixer.o.weight: int8-row: a weight holds NaN or infinity, which integers can not"
