@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from html import escape
+from math import ceil, floor, log10
 
 COLOURS = ("#888888", "#1b6ca8", "#d1495b", "#edae49", "#2e8b57", "#6f4a8e")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 64, 150, 40, 48
@@ -19,7 +20,9 @@ def lines_svg(
 ) -> str:
     """Lines by name, those of one name in one colour; `band` shades plus and minus it, values beyond `clip` are cut."""
     points = [point for _, line in lines for point in line]
-    longest = max((x for x, _ in points), default=1.0)
+    quarter = max((x for x, _ in points), default=1.0) / 4
+    unit = 10 ** floor(log10(quarter))
+    longest = 4 * unit * ceil(quarter / unit)
     highest = max([abs(y) for _, y in points] + [band or 0.0, 1e-9]) * 1.05
     highest = min(highest, clip or highest)
 
