@@ -9,16 +9,15 @@ from composeformer_training.config import AdamW, NextToken
 
 def reference_needs(facts: Facts) -> str | None:
     """Adam divides by the root of a squared gradient plus eps; in half precision both are 0 long before."""
-    return (
-        "float16 holds neither squared gradients nor eps; train in bfloat16 or float32"
-        if _half(facts)
-        else None
-    )
+    found = _half(facts)
+    if found is None:
+        return None
+    return f"float16, as {found} is, holds neither squared gradients nor eps; train in bfloat16 or float32"
 
 
 def fused_needs(facts: Facts) -> str | None:
     """Fused kernels round differently from the formula; they are taken when asked for by name."""
-    if _half(facts):
+    if _half(facts) is not None:
         return reference_needs(facts)
     formats = facts.site.spec.formats
     if any(form.moment != form.storage for name, form in formats.tensors.items() if formats.trains(name)):
@@ -26,8 +25,11 @@ def fused_needs(facts: Facts) -> str | None:
     return None if facts.device == "cuda" else f"its kernels are for cuda, this model is on {facts.device}"
 
 
-def _half(facts: Facts) -> bool:
-    return facts.dtype == "float16"
+def _half(facts: Facts) -> str | None:
+    """The first tensor whose moments are in half precision, be it by a rule of its own."""
+    formats = facts.site.spec.formats
+    named = (name for name, form in formats.tensors.items() if form.moment == "float16" and formats.trains(name))
+    return next(named, None)
 
 
 COMPONENTS = (

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import AdamW as TorchAdamW
 
+from composeformer.assemble import build
 from composeformer.contracts import Linear
+from composeformer.errors import SpecError
 from composeformer.formats import plain
-from composeformer.train import Trained
+from composeformer.spec import Spec
+from composeformer.train import Trained, trainer
 from composeformer_training.adamw import make
 from composeformer_training.config import AdamW
 from composeformer_training.moments import MomentAdamW
@@ -172,3 +175,20 @@ def test_weights_that_decay_and_those_that_do_not_stay_apart() -> None:
     optimizer = make(AdamW(weight_decay=0.5), [matrix, norm], 0.1)
     found = {(group["moment"], group["weight_decay"]) for group in optimizer.param_groups}
     assert found == {("bfloat16", 0.5), ("float32", 0.0)}
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference", "fused"])
+@pytest.mark.parametrize(("kind", "rule"), [("full", None), ("bf16", "layers.1.mixer.o"), ("full", "*norm*")])
+def test_half_precision_is_refused_of_a_whole_model_and_of_one_tensor(
+    kind: str, rule: str | None, implementation: str
+) -> None:
+    half = {"kind": "full", "dtype": "float16"}
+    precision = half if rule is None else {"kind": kind, "rules": [{"roles": rule, "format": half}]}
+    spec = Spec.load("tiny-llama").with_(
+        precision=precision, optimizer={"kind": "adamw", "implementation": implementation}
+    )
+    with pytest.raises(SpecError) as told:
+        trainer(build(spec, device="meta"))
+    (line,) = told.value.lines
+    first = {None: "embedding.weight", "layers.1.mixer.o": "layers.1.mixer.o.weight"}
+    assert f"float16, as {first.get(rule, 'layers.0.residual.mixer_norm.weight')} is, holds neither" in line
