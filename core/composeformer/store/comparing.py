@@ -1,7 +1,8 @@
 """Compare two models: meaning, tensors, outputs. The first component whose output differs is named.
 
 Both run on the same token ids; every part's output is kept in the order of computation. A difference is
-max|a - b| / max|b| over a tensor, b being the model that is trusted.
+max|a - b| / max|b| over a tensor, b being the model that is trusted. Weights that one of the two alone stores as codes
+are compared as the numbers that they stand for.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from composeformer.decoder import Model
 from composeformer.errors import InputError, show
 from composeformer.spec.fingerprint import meaning
+from composeformer.store.decoding import decoder
+from composeformer.tensors import DTYPES
 
 
 @attrs.frozen(kw_only=True)
@@ -123,7 +126,7 @@ def _told(value: Any, other: Any) -> str:
 
 
 def _tensors(model: Model, against: Model) -> list[Difference]:
-    ours, theirs = model.state_dict(), against.state_dict()
+    ours, theirs = _numbers(model, against), _numbers(against, model)
     found = []
     for name in {**theirs, **ours}:
         if name not in ours or name not in theirs:
@@ -137,6 +140,20 @@ def _tensors(model: Model, against: Model) -> list[Difference]:
             found.append(Difference(where=name, relative=None, detail=shapes))
         elif not _equal(ours[name].cpu(), theirs[name].cpu()):
             found.append(_gap(name, ours[name], theirs[name]))
+    return found
+
+
+def _numbers(model: Model, other: Model) -> dict[str, Tensor]:
+    """The tensors of a model, its codes decoded where the other stores that weight otherwise: to the dtype that it has
+    there, or to fp32 where it holds codes of another form.
+    """
+    found = dict(model.state_dict())
+    formats, others = model.spec.formats, other.spec.formats
+    for name, parts in formats.coded.items():
+        form, theirs = formats.tensors[name], others.tensors.get(name)
+        if theirs is not None and theirs.codec != form.codec:
+            dtype = torch.float32 if theirs.codec is not None else DTYPES[theirs.storage]
+            found[name] = decoder(str(form.codec)).decode([found.pop(part) for part in parts], dtype)
     return found
 
 

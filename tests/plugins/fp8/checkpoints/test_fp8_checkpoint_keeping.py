@@ -145,6 +145,29 @@ def test_verify_names_a_code_that_differs_by_a_bit(released: Path, tmp_path: Pat
     assert [found.where for found in verdict.tensors] == ["layers.1.ffn.up.weight"]
 
 
+@pytest.mark.parametrize("weights", ["bfloat16", "float32"])
+def test_verify_compares_codes_with_decoded_weights_as_numbers(released: Path, weights: str) -> None:
+    kept, plain = (cf.load(released, weights=each) for each in ("keep", weights))
+    # The weights are the same numbers, which the two precisions multiply differently.
+    for verdict in (cf.verify(kept, plain, tokens=8), cf.verify(plain, kept, tokens=8)):
+        assert verdict.tensors == ()
+        assert verdict.first is not None
+    kept.state_dict()["layers.1.ffn.up.weight"].view(torch.uint8)[5, 3, 7] ^= 0x80
+    for verdict in (cf.verify(kept, plain, tokens=8), cf.verify(plain, kept, tokens=8)):
+        assert [found.where for found in verdict.tensors] == ["layers.1.ffn.up.weight"]
+
+
+def test_verify_compares_codes_of_two_forms_as_numbers(released: Path) -> None:
+    blocks = cf.load(released, weights="keep")
+    rows = cf.load(released, weights="keep", overrides=["precision.rules=[]", "precision.kind=int8"])
+    found = {each.where: each.relative for each in cf.verify(rows, blocks, tokens=8).tensors}
+    name = "layers.1.ffn.up.weight"
+    # Parts of a row's largest number: half a step of its integers, and what its scale loses in bfloat16.
+    assert found[name] is not None
+    assert 0 < found[name] <= (0.5 + 127 * 2**-9) / 127
+    assert not any(each.endswith(("_scale", "_scale_inv")) for each in found)
+
+
 def test_show_tells_what_is_kept_as_codes(released: Path, tmp_path: Path, compose: Compose) -> None:
     cf.import_model(released, tmp_path / "ours", weights="keep")
     assert "float8_e4m3fn" in compose("show", tmp_path / "ours")
