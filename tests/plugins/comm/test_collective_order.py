@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from composeformer.exchange import CommError
 from composeformer.tensors import Routing
 from composeformer.testing.ranks import RanksFailed, on_ranks
+from composeformer_comm import transport
 from composeformer_comm.config import Collective
 from composeformer_comm.remote import RemoteExchange
 
@@ -162,3 +163,27 @@ def test_unhandled_it_ends_the_process_with_a_status(lab, tmp_path):
 
     with pytest.raises(RanksFailed, match=r"rank 0: CommError: rank 0 of 2: all_to_all_single 1, dispatch"):
         on_ranks(2, run, timeout=20, gloo=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_beside_is_computed_while_rows_are_on_their_way(lab, kind):
+    def run(rank):
+        begun, ended = transport.Transport.start, transport.Pending.wait
+        events = []
+
+        def start(self, rows, sent, received, hop, step, contents):
+            events.append("counts leave" if "counts" in step.hop else f"{step.purpose} leaves")
+            return begun(self, rows, sent, received, hop, step, contents)
+
+        def wait(self):
+            events.append("waits")
+            return ended(self)
+
+        transport.Transport.start, transport.Pending.wait = start, wait
+        made = RemoteExchange(lab.configs[kind](4), lab.experts, dist.group.WORLD)
+        routing = Routing(torch.tensor([[0, 7]]), torch.ones(1, 2))
+        made.exchange(torch.ones(1, 4), routing, lambda rows, counts: rows, lambda: events.append("beside"))
+        return events
+
+    first = ["counts leave", "waits", "dispatch leaves", "beside", "waits"]
+    assert [events[:5] for events in on_ranks(4, run)] == [first] * 4

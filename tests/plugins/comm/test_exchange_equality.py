@@ -17,7 +17,7 @@ from composeformer_comm.config import Collective, Hierarchical, Local
 from composeformer_comm.local import LocalExchange
 from composeformer_comm.remote import RemoteExchange
 
-few = settings(max_examples=6, deadline=None, derandomize=True)
+few = settings(max_examples=4, deadline=None, derandomize=True)
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 
 

@@ -14,7 +14,7 @@ from composeformer.errors import InputError
 from composeformer.testing.ranks import on_ranks
 from composeformer_comm.config import Collective, Hierarchical, Local
 
-few = settings(max_examples=6, deadline=None, derandomize=True)
+few = settings(max_examples=4, deadline=None, derandomize=True)
 
 
 def configs(ranks):
