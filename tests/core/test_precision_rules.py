@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from composeformer.assemble import build
+from composeformer.cli.show_command import precision
 from composeformer.errors import SpecError
 from composeformer.precision import matches
 from composeformer.spec import Spec
@@ -197,3 +198,15 @@ def test_what_is_told_of_a_tied_head_is_how_it_multiplies() -> None:
     assert shared.why.endswith("the tensor is embedding.weight")
     assert spec.formats.tensors["embedding.weight"].compute == "float32"
     assert TINY.formats.shared == {}
+
+
+def test_what_is_shown_of_one_tensor_has_its_number_and_of_several_a_star() -> None:
+    spec = with_rules(("layers.1.mixer.q_a", "full"))
+    rows = {(roles, form.why): count for (roles, form), count in precision(spec).items()}
+    assert sum(rows.values()) == len(spec.formats.tensors)
+    told = {why: count for (roles, why), count in rows.items() if roles == "layers.1.mixer.q_a.weight"}
+    assert list(told.values()) == [1]
+    assert next(iter(told)).startswith("rule 1, 'layers.1.mixer.q_a'")
+    assert [count for (roles, _), count in rows.items() if roles == "layers.*.mixer.q_a.weight"] == [2]
+    for (roles, _), count in rows.items():
+        assert ("*" in roles) == (count > 1), roles

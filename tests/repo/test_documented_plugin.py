@@ -1,4 +1,4 @@
-"""The plugin that the documentation writes, installed as it stands: it builds, is priced, is the same cached."""
+"""The plugins that the documentation writes, installed as they stand: a mixer and a precision policy."""
 
 import json
 import os
@@ -35,21 +35,53 @@ print(json.dumps({"gap": gap, "cache": counts.cache_bytes_per_token, "held": cac
 """
 
 
+TERNARY = """
+extends = "tiny-deepseek-v3"
+name = "ternary"
+[precision]
+kind = "ternary"
+rules = [
+  { roles = "layers.0.ffn", format = "bf16" },
+  { roles = "*.router", format = "ternary" },
+]
+"""
+TRAIN = """
+import json, sys, torch
+import composeformer as cf
+from composeformer.train import TokenBatch, train_step, trained, trainer
+model = cf.build(sys.argv[1], seed=1)
+bits, values = {}, {}
+for role in model.spec.plan.linears:
+    matrix = model.get_submodule(role).matrix().detach()
+    bits[role] = model.spec.formats.tensors[f"{role}.weight"].bits
+    values[role] = max(len(one.abs().unique()) for one in matrix.reshape(-1, *matrix.shape[-2:]))
+objective, optimizer = trainer(model)
+before = {one.name: one.parameter.detach().clone() for one in trained(model)}
+batch = TokenBatch(torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(0)))
+losses = [train_step(model, [batch], objective, optimizer, step=step).loss for step in range(5)]
+still = [one.name for one in trained(model) if torch.equal(before[one.name], one.parameter)]
+cf.save(model, "trained")
+texts = [cf.generate(each, [[1, 2, 3]], max_new_tokens=6)[0].ids for each in (model, cf.load("trained"))]
+print(json.dumps({"bits": bits, "values": values, "losses": losses, "still": still, "texts": texts}))
+"""
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("documented")
-    (folder / "my_mixer").mkdir()
-    (folder / "my_mixer" / "__init__.py").write_text("")
-    plugin, module = re.findall(
-        r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
-    (folder / "my_mixer" / "plugin.py").write_text(plugin)
-    (folder / "my_mixer" / "module.py").write_text(module)
-    info = folder / "my_mixer-0.1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-mixer\nVersion: 0.1.0\n")
-    (info / "entry_points.txt").write_text("[composeformer]\nmy_mixer = my_mixer.plugin\n")
+    found = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    for name, (plugin, module) in {"my_mixer": found[:2], "my_ternary": found[2:]}.items():
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text("")
+        (folder / name / "plugin.py").write_text(plugin)
+        (folder / name / "module.py").write_text(module)
+        distribution = name.replace("_", "-")
+        info = folder / f"{name}-0.1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 0.1.0\n")
+        (info / "entry_points.txt").write_text(f"[composeformer]\n{name} = {name}.plugin\n")
     (folder / "spec.toml").write_text(SPEC)
+    (folder / "ternary.toml").write_text(TERNARY)
     return folder
 
 
@@ -60,11 +92,10 @@ def run(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_documented_plugin_is_at_most_80_lines(site: Path) -> None:
+@pytest.mark.parametrize("name", ["my_mixer", "my_ternary"])
+def test_documented_plugin_is_at_most_80_lines(site: Path, name: str) -> None:
     lines = [
-        line
-        for file in ("plugin.py", "module.py")
-        for line in (site / "my_mixer" / file).read_text().splitlines()
+        line for file in ("plugin.py", "module.py") for line in (site / name / file).read_text().splitlines()
     ]
     assert len(lines) <= 80
 
@@ -76,6 +107,20 @@ def test_documented_plugin_builds_is_priced_and_caches(site: Path) -> None:
     assert found["gap"] < 1e-12
     # Priced at two bytes an element, built in float64: two rows of twenty tokens.
     assert found["held"] == found["cache"] * 4 * 2 * 20
+
+
+def test_documented_precision_trains_and_is_mixed_by_rules(site: Path) -> None:
+    done = run(site, "-c", TRAIN, "ternary.toml")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    bits = found["bits"]
+    assert bits["layers.1.ffn.up"] == bits["layers.0.mixer.o"] == bits["layers.1.ffn.router.gate"] == 2
+    assert bits["layers.0.ffn.up"] == 16
+    for role, values in found["values"].items():
+        assert (values <= 2) == (bits[role] == 2), role  # zero, and one magnitude
+    assert found["still"] == []
+    assert found["losses"][-1] < found["losses"][0]
+    assert found["texts"][0] == found["texts"][1]
 
 
 def test_mistakes_of_a_plugin_are_told_as_its_own(site: Path) -> None:

@@ -42,14 +42,13 @@ def command(spec: str, settings: tuple[str, ...], values: bool, as_json: bool) -
 
 
 def precision(spec: Any) -> dict[tuple[str, Any], int]:
-    """How many tensors have a name, layer numbers a star, and a format."""
+    """How many tensors have a name, layer numbers a star, and a format; one that is alone keeps its number."""
     from composeformer.precision import starred
 
-    rows: dict[tuple[str, Any], int] = {}
+    rows: dict[tuple[str, Any], list[str]] = {}
     for name, form in (*spec.formats.tensors.items(), *spec.formats.shared.items()):
-        key = (starred(name), form)
-        rows[key] = rows.get(key, 0) + 1
-    return rows
+        rows.setdefault((starred(name), form), []).append(name)
+    return {(roles if names[1:] else names[0], form): len(names) for (roles, form), names in rows.items()}
 
 
 def stored(form: Any) -> str:
