@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from composeformer.testing.ranks import on_ranks
 from composeformer_fp8.configs.mx import MXFP8
 from composeformer_fp8.configs.recipe import Recipe
 from composeformer_fp8.configs.scaled import FP8Block, FP8Tensor
@@ -330,19 +331,20 @@ def test_narrow_sums_without_promotion_err_more_than_with() -> None:
 
 @pytest.mark.parametrize("before", ["bf16", "ieee"])
 def test_setting_of_products_is_that_of_the_recipe_within_and_the_users_after(before: str) -> None:
+    """In a process of its own, where no thread is left of what ran before."""
+    on_ranks(1, set_within, before, gloo=False)
+
+
+def set_within(rank: int, before: str) -> None:
     setting = torch.backends.mkldnn.matmul
-    kept = setting.fp32_precision
-    try:
-        setting.fp32_precision = before
-        for name, expected in (("block", "ieee"), ("block-ue8m0", "bf16"), ("mx", "bf16")):
-            with multiplied(RECIPES[name], torch.device("cpu")):
-                assert setting.fp32_precision == expected
-            assert setting.fp32_precision == before
-        with pytest.raises(KeyError), multiplied(RECIPES["mx"], torch.device("cpu")):
-            raise KeyError
+    setting.fp32_precision = before
+    for name, expected in (("block", "ieee"), ("block-ue8m0", "bf16"), ("mx", "bf16")):
+        with multiplied(RECIPES[name], torch.device("cpu")):
+            assert setting.fp32_precision == expected
         assert setting.fp32_precision == before
-    finally:
-        setting.fp32_precision = kept
+    with pytest.raises(KeyError), multiplied(RECIPES["mx"], torch.device("cpu")):
+        raise KeyError
+    assert setting.fp32_precision == before
 
 
 def test_threads_neither_meet_another_setting_nor_leave_one() -> None:
