@@ -266,7 +266,7 @@ def skeleton(spec: Spec, *, device: str = "cpu", dtype: str | None = None) -> Mo
 
 
 def in_dtype(spec: Spec, dtype: str) -> Spec:
-    """The spec in one dtype: that of the default precision policy, whatever policy it states.
+    """The spec in one dtype: that of the default precision policy, whatever policy and rules it states.
 
     Raises InputError where that policy has no such dtype.
     """
@@ -276,7 +276,9 @@ def in_dtype(spec: Spec, dtype: str) -> Spec:
         raise InputError(f"dtype = {dtype}: no precision policy here is of one dtype; set `precision` instead")
     if fact.choices is not None and dtype not in fact.choices:
         raise InputError(f"dtype = {dtype}: must be one of {one_of(str(choice) for choice in fact.choices)}")
-    return spec.with_(precision={"kind": default.kind, "dtype": dtype})
+    # Under its own kind a policy keeps what is not set anew.
+    rules: dict[str, Any] = {"rules": []} if spec.formats.rules else {}
+    return spec.with_(precision={"kind": default.kind, "dtype": dtype, **rules})
 
 
 def device_type(device: str) -> str:

@@ -210,3 +210,14 @@ def test_what_is_shown_of_one_tensor_has_its_number_and_of_several_a_star() -> N
     assert [count for (roles, _), count in rows.items() if roles == "layers.*.mixer.q_a.weight"] == [2]
     for (roles, _), count in rows.items():
         assert ("*" in roles) == (count > 1), roles
+
+
+@pytest.mark.parametrize("kind", ["full", "bf16"])
+def test_a_dtype_is_that_of_every_tensor_that_fixes_none(kind: str, tmp_path: Path) -> None:
+    ruled = with_rules(("layers.0", "int8"), ("head", {"kind": "full", "dtype": "bfloat16"}), kind=kind)
+    save(build(ruled, seed=0), tmp_path / "kept")
+    for model in (build(ruled, dtype="float64", seed=0), load(tmp_path / "kept", dtype="float64")):
+        assert not model.spec.formats.rules
+        for name, weight in model.spec.plan.tensors.items():
+            dtype = torch.float64 if weight.dtype is None else getattr(torch, weight.dtype)
+            assert model.state_dict()[name].dtype == dtype, name
