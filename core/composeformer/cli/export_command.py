@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from composeformer.cli.options import json_option, print_json, progress
+from composeformer.cli.options import json_option, one_process, print_json, progress
 
 
 @click.command(
@@ -24,6 +24,7 @@ from composeformer.cli.options import json_option, print_json, progress
 def command(folder: Path, output: Path, force: bool, as_json: bool) -> None:
     from composeformer.store import export_model
 
+    one_process()
     with progress("exporting") as advance:
         dialect = export_model(folder, output, replace=force, progress=advance)
     if as_json:

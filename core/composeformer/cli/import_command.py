@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from composeformer.cli.options import json_option, print_json, progress
+from composeformer.cli.options import json_option, one_process, print_json, progress
 from composeformer.cli.streams import visible
 
 
@@ -23,6 +23,7 @@ from composeformer.cli.streams import visible
 def command(source: Path, output: Path, weights: str | None, force: bool, as_json: bool) -> None:
     from composeformer.errors import FolderError
 
+    one_process()
     if output.exists() and not force:
         raise FolderError(f"{output}: exists already; --force replaces a model folder")
     from composeformer.costs import cost

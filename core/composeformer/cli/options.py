@@ -1,6 +1,7 @@
 """Options and printing that several commands share."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -46,6 +47,16 @@ class SpecName(click.ParamType):  # type: ignore[type-arg]  # generic since clic
 
 
 SPEC = SpecName()
+
+
+def one_process() -> None:
+    """Raises InputError where several processes were started, for a command of which each would do all the work."""
+    from composeformer.errors import InputError
+
+    started = os.environ.get("WORLD_SIZE") or "1"
+    if started != "1":
+        command = click.get_current_context().info_name
+        raise InputError(f"WORLD_SIZE = {started}: compose {command} runs in one process; start it without torchrun")
 
 
 def json_option(function: F) -> F:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from composeformer.cli.options import console, json_option, plural, print_json, progress
+from composeformer.cli.options import console, json_option, one_process, plural, print_json, progress
 
 
 def _finite(_: click.Context, __: click.Parameter, value: float) -> float:
@@ -39,6 +39,7 @@ def command(folder: Path, against: Path, tolerance: float, tokens: int, hashes: 
     from composeformer.store import verify
     from composeformer.store.loading import like, open_any
 
+    one_process()
     with progress("loading") as advance:
         ours = open_any(folder, check_hashes=hashes, progress=advance)
         theirs = open_any(against, weights=like(ours), check_hashes=hashes, progress=advance)

@@ -71,8 +71,11 @@ def verify(
 ) -> Verdict:
     """Compares `model` with a trusted one, on `tokens` random ids of two rows, one of them left-padded.
 
-    Raises InputError for a length or a tolerance that compares nothing.
+    Raises InputError for a length or a tolerance that compares nothing, and over several processes, of which each
+    would compare its own experts alone.
     """
+    if (size := max(model.placement.world.size, against.placement.world.size)) > 1:
+        raise InputError(f"verify compares the models of one process, and there are {size}")
     vocab = min(model.spec.model.vocab_size, against.spec.model.vocab_size)
     longest = min(model.spec.model.max_position_embeddings, against.spec.model.max_position_embeddings)
     length = min(tokens, longest)

@@ -177,3 +177,17 @@ def test_closed_standard_input_is_told(compose: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(InputError, match="standard input is closed"):
         generate_command._standard_input()
+
+
+@pytest.mark.parametrize("words", ["import folder -o out", "export folder -o out", "verify folder --against out"])
+def test_what_each_of_several_processes_would_do_whole_is_refused(
+    compose: Any, here: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    code, _, err = compose(*words.split())
+    line = f"compose: WORLD_SIZE = 2: compose {words.split()[0]} runs in one process; start it without torchrun\n"
+    assert (code, err) == (2, line)
+    for alone in ("1", ""):
+        monkeypatch.setenv("WORLD_SIZE", alone)
+        assert "folder" in compose(*words.split())[2]

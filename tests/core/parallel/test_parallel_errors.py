@@ -43,6 +43,14 @@ def test_processes_that_are_no_whole_expert_groups() -> None:
     assert lines == ("python: parallel.expert = 2: must divide the number of processes, 3",)
 
 
+def test_a_comparison_of_which_each_process_would_see_a_part() -> None:
+    def compare(rank: int) -> None:
+        model = cf.build(spec(2))
+        cf.verify(model, model)
+
+    assert told(2, compare) == ("verify compares the models of one process, and there are 2",)
+
+
 def test_a_backend_for_one_process() -> None:
     alone = "moves tokens within one process, and parallel.expert is 2; several need collective, hierarchical"
     assert told(2, lambda rank: cf.build(spec(2, kind="local"))) == (f'python: comm.kind = "local": {alone}',)
