@@ -118,7 +118,7 @@ class Builder:
         self.chooser = Chooser(device, self.formats.activations)
         self.activations = DTYPES[self.formats.activations]
         self._policies: dict[int, Policy] = {}
-        self._comm: tuple[Any, Part] | None = None
+        self._comm: Any = None
         self.choices: dict[str, dict[Phase, str]] = {}
         self.ends: dict[str, nn.Module] = {}
         self.tables: dict[str, Any] = {}
@@ -165,14 +165,18 @@ class Builder:
 
     def exchange(self, groups: int) -> Exchange:
         """The communication backend for a part with this many groups."""
-        if self._comm is None:
-            part = self.spec.single("comm")
-            self._comm = lazy.load(self._run_part(part)), part
-        made: Exchange = self._comm[0](self._comm[1].config, groups, self.placement.world.expert_group)
+        part = self.spec.single("comm")
+        with blame(self.spec.registry, part, "comm", "its exchange"):
+            if self._comm is None:
+                self._comm = lazy.load(self._run_part(part))
+            made: Exchange = self._comm(part.config, groups, self.placement.world.expert_group)
         return made
 
     def linear(self, owner: str, declared: Linear) -> nn.Module:
-        """The map that the precision policy, or that of a rule, makes of a declared one."""
+        """The map that the precision policy, or that of a rule, makes of a declared one.
+
+        Raises PluginError, which names that policy, where it fails or gives no `PolicyLinear`.
+        """
         role = join(owner, declared.name)
         weight, *scales = self.tensors(join(owner, declared.weight.name), declared.weight)
         bias = None
@@ -182,8 +186,11 @@ class Builder:
         # Parts expect other dtypes of sensitive maps, and of no others.
         dtype = self.activations if named and not declared.sensitive else None
         told = self.placement.linear(attrs.evolve(declared, sensitive=declared.sensitive and not named))
-        policy = self._policy(self.formats.decides(role))
-        module: nn.Module = policy.linear(role, told, weight, bias, scales=scales, dtype=dtype)  # type: ignore[arg-type]
+        part = self.formats.decides(role)
+        with blame(self.spec.registry, part, role, "its linear map"):
+            module: nn.Module = self._policy(part).linear(role, told, weight, bias, scales=scales, dtype=dtype)  # type: ignore[arg-type]
+            if missing := [each for each in ("weight", "bias", "dtype", "matrix") if not hasattr(module, each)]:
+                raise TypeError(f"a {type(module).__name__} has no {one_of(missing)}")
         return module
 
     def tensors(self, name: str, weight: Weight) -> list[Tensor]:

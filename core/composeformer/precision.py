@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from composeformer.blame import blame
 from composeformer.config import Config, config, field, part, records
 from composeformer.contracts import Linear, Part, Weight
-from composeformer.errors import PluginError, Problem, nearest
-from composeformer.formats import Format
+from composeformer.errors import PluginError, Problem, nearest, one_of, show
+from composeformer.formats import BITS, Format
 
 if TYPE_CHECKING:
     from composeformer.plan import Plan
@@ -65,7 +66,8 @@ class Formats:
     @property
     def activations(self) -> str:
         """The dtype of the residual stream and of what mixers cache."""
-        return str(self.policy.config.activations)
+        with blame(self._registry, self.policy, "precision", "its activations"):
+            return _known(str(self.policy.config.activations))
 
     def rule(self, name: str) -> int | None:
         """The number of the first rule that names a role or weight, from 0."""
@@ -79,9 +81,11 @@ class Formats:
     def of(self, name: str, weight: Weight, linear: Linear | None) -> Format:
         """The format of a tensor: `name` is its map's role, or a plain weight's full name (then `linear` is None)."""
         number = self.rule(name)
-        policy = self.decides(name).config
+        policy = self.decides(name)
         sensitive = linear is None or (number is None and linear.sensitive)
-        found: Format = policy.format(name, weight, sensitive)
+        with blame(self._registry, policy, name, "its format"):
+            found: Format = policy.config.format(name, weight, sensitive)
+            _known(found.storage)
         if number is None:
             return found
         return attrs.evolve(found, why=f"rule {number + 1}, {self.rules[number].roles!r}: {found.why}")
@@ -189,6 +193,15 @@ class Formats:
             if linear is not None and self.of(names[0].rpartition(".")[0], linear.weight, linear).codec is not None:
                 told = f"stores codes, but {names[0]} is the tensor {self.plan.aliases[names[0]]}, stored as that is"
                 yield Problem(f"rules.{number}.format", self.rules[number].format.kind, told)
+
+
+def _known(dtype: str) -> str:
+    """The name of a dtype. Raises ValueError for one that no tensor has."""
+    if dtype not in BITS:
+        near = nearest(dtype, BITS)
+        hint = "" if near is None else f"; did you mean {near!r}?"
+        raise ValueError(f"{show(dtype)} is no dtype; there are {one_of(BITS)}{hint}")
+    return dtype
 
 
 def starred(name: str) -> str:
