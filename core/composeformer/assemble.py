@@ -170,6 +170,7 @@ class Builder:
             if self._comm is None:
                 self._comm = lazy.load(self._run_part(part))
             made: Exchange = self._comm(part.config, groups, self.placement.world.expert_group)
+            _has(made, "exchange", "dispatch", "combine", "ledger")
         return made
 
     def linear(self, owner: str, declared: Linear) -> nn.Module:
@@ -189,8 +190,7 @@ class Builder:
         part = self.formats.decides(role)
         with blame(self.spec.registry, part, role, "its linear map"):
             module: nn.Module = self._policy(part).linear(role, told, weight, bias, scales=scales, dtype=dtype)  # type: ignore[arg-type]
-            if missing := [each for each in ("weight", "bias", "dtype", "matrix") if not hasattr(module, each)]:
-                raise TypeError(f"a {type(module).__name__} has no {one_of(missing)}")
+            _has(module, "weight", "bias", "dtype", "matrix")
         return module
 
     def tensors(self, name: str, weight: Weight) -> list[Tensor]:
@@ -232,6 +232,12 @@ class Builder:
             site.check()
         serve(owner, classes)
         return owner
+
+
+def _has(made: object, *names: str) -> None:
+    """Raises TypeError where what a plugin made lacks what is asked of it."""
+    if missing := [each for each in names if not hasattr(made, each)]:
+        raise TypeError(f"a {type(made).__name__} has no {one_of(missing)}")
 
 
 def build(
@@ -317,11 +323,16 @@ def coded(spec: Spec, values: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[st
             yield name, value
             continue
         kind = str(formats.tensors[name].codec)
-        if kind not in made:
-            component = spec.registry.get("codec", kind)
-            made[kind] = lazy.load(component.implementations[0].module)(component.config())
+        component = spec.registry.get("codec", kind)
         try:
-            parts = made[kind].encode(value)
+            with blame(spec.registry, component, name, "its codes"):
+                if kind not in made:
+                    made[kind] = lazy.load(component.implementations[0].module)(component.config())
+                parts = made[kind].encode(value)
+                given = [str(each.dtype).removeprefix("torch.") for each in parts]
+                wanted = [str(formats.stored[each].dtype) for each in held]
+                if given != wanted:
+                    raise TypeError(f"encode gives {one_of(given)}, stored declares {one_of(wanted)}")
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
         yield from zip(held, parts, strict=True)

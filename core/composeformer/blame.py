@@ -6,13 +6,13 @@ Without this a misspelt name in somebody's plugin would look like an error of th
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from composeformer.contracts import Part
+from composeformer.contracts import Component, Part
 from composeformer.errors import ComposeError, PluginError
 from composeformer.registry import Registry
 
 
 @contextmanager
-def blame(registry: Registry, part: Part, path: str, what: str) -> Iterator[None]:
+def blame(registry: Registry, part: Part | Component, path: str, what: str) -> Iterator[None]:
     """Turns any exception but a ComposeError into one PluginError: `what` of `part` at `path` raised it."""
     try:
         yield
@@ -24,7 +24,7 @@ def blame(registry: Registry, part: Part, path: str, what: str) -> Iterator[None
         raise PluginError(f"{described(registry, part, path)}: {what}: {cause}") from error
 
 
-def described(registry: Registry, part: Part, path: str) -> str:
-    """`plugin dense (composeformer 0.1.0): mixer gqa at layers.0.mixer`."""
-    owner = registry.find_owner(part.component)
+def described(registry: Registry, part: Part | Component, path: str) -> str:
+    """`plugin dense (composeformer 0.1.0): mixer gqa at layers.0.mixer`; of a codec there is no part."""
+    owner = registry.find_owner(part.component if isinstance(part, Part) else part)
     return f"{f'plugin {owner}: ' if owner is not None else ''}{part.slot} {part.kind} at {path}"

@@ -131,17 +131,14 @@ class Formats:
             if form.codec is None:
                 found[name] = attrs.evolve(weight, name=name, dtype=form.storage)
             else:
-                found |= {each.name: each for each in self.codec(form).stored(attrs.evolve(weight, name=name))}
+                found |= {each.name: each for each in self._held(name)}
         return found
 
     @cached_property
     def coded(self) -> Mapping[str, tuple[str, ...]]:
         """The names of what holds each coded tensor, its codes first, by its full name."""
-        held = {name: form for name, form in self.tensors.items() if form.codec is not None}
-        return {
-            name: tuple(w.name for w in self.codec(form).stored(attrs.evolve(self.plan.tensors[name], name=name)))
-            for name, form in held.items()
-        }
+        held = (name for name, form in self.tensors.items() if form.codec is not None)
+        return {name: tuple(each.name for each in self._held(name)) for name in held}
 
     @cached_property
     def aliases(self) -> Mapping[str, str]:
@@ -150,6 +147,16 @@ class Formats:
         for name, target in self.plan.aliases.items():
             found |= {name + held.removeprefix(target): held for held in self.coded.get(target, (target,))}
         return found
+
+    def _held(self, name: str) -> tuple[Weight, ...]:
+        """What holds a coded tensor, as its codec says. Raises PluginError, which names it, where that fails."""
+        form, weight = self.tensors[name], attrs.evolve(self.plan.tensors[name], name=name)
+        config = self.codec(form)
+        with blame(self._registry, self._registry.get("codec", str(form.codec)), name, "its stored tensors"):
+            held: tuple[Weight, ...] = tuple(config.stored(weight))
+            for each in held:
+                _known(str(each.dtype))
+        return held
 
     def codec(self, form: Format) -> Any:
         """The config of a format's codec, with its defaults."""

@@ -21,6 +21,7 @@ ASKED = {
     "predictor": ("loss_weight",),
     "precision": ("activations", "format"),
     "codec": ("stored",),
+    "comm": ("declared", "expected"),
 }
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
