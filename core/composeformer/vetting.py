@@ -20,7 +20,7 @@ ASKED = {
     "router": ("top_k",),
     "predictor": ("loss_weight",),
     "precision": ("activations", "format"),
-    "codec": ("stored",),
+    "codec": ("stored", "cut"),
     "comm": ("declared", "expected"),
 }
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")

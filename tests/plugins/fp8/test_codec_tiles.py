@@ -90,3 +90,16 @@ def test_scales_that_no_encoder_writes_are_told(scale):
     assert CODEC.wrong(0, codes) is CODEC.wrong(1, scales) is None
     scales[1, 2] = scale
     assert CODEC.wrong(1, scales) == f"a scale of {scale} at (1, 2), which must be finite and positive"
+
+
+@quick
+@given(value=rows(), dim=st.sampled_from([-2, -1]), data=st.data())
+def test_a_cut_of_codes_and_scales_holds_that_part_of_the_rows(value, dim, data):
+    start = data.draw(st.integers(0, value.shape[dim]))
+    stop = data.draw(st.integers(start, value.shape[dim]))
+    parts = CODEC.encode(value)
+    edges = Tiles().cut(dim, start, stop)
+    pieces = tuple(part.narrow(dim, a, b - a) for part, (a, b) in zip(parts, edges, strict=True))
+    assert pieces[0].shape[dim] < stop - start + TILE
+    found = CODEC.decode(pieces).narrow(dim, start - edges[0][0], stop - start)
+    assert torch.equal(found, CODEC.decode(parts).narrow(dim, start, stop - start))

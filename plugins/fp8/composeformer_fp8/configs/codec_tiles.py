@@ -26,3 +26,10 @@ class Tiles(Config):
                 trains=False,
             ),
         )
+
+    def cut(self, dim: int, start: int, stop: int) -> tuple[tuple[int, int], ...]:
+        """What holds [start, stop) of dimension -2 or -1: whole rows, or codes from the edge of a tile on."""
+        if dim == -2:
+            return (start, stop), (start, stop)
+        first = start // TILE
+        return (first * TILE, stop), (first, ceil(stop / TILE))
