@@ -4,8 +4,8 @@ The figure to meet is the paper's: fp8-block within 0.25% of the loss of bf16 (a
 appendix B.1). All recipes of one seed go on from the same weights and moments, after a first part in bf16, with the
 same batches in the same order, so that most of the noise is theirs in common. What is left, two trajectories drifting
 apart, is measured by `bf16 again`: bf16 from weights that differ by one part in a million. From initial weights that
-alone is 2% after 300 steps of so small a model, since the time at which it leaves its first plateau hangs on anything;
-so the comparison begins behind that.
+alone was 2% after 250 to 500 steps of so small a model (with one layer more), since the time at which it leaves its
+first plateau hangs on anything; so the comparison begins behind that.
 
 Beside them one scale per tensor, and a recipe that is broken on purpose as a real one was: the scales of weights, which
 are any numbers, read by a kernel that knows powers of two only (sglang issue 39193). Every quantised dimension is at
