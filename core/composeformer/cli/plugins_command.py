@@ -4,7 +4,9 @@ from typing import Any
 
 import click
 
+from composeformer.cli import plugins_new_command
 from composeformer.cli.options import console, json_option, print_json
+from composeformer.cli.plugins_check_command import command as check_command
 from composeformer.errors import InputError, nearest, one_of
 
 
@@ -20,6 +22,12 @@ def command(ctx: click.Context, as_json: bool) -> None:
         ctx.invoke(list_command, as_json=as_json)
     elif as_json:
         raise click.UsageError(f"--json goes after {ctx.invoked_subcommand}")
+
+
+command.add_command(check_command)
+
+
+command.add_command(plugins_new_command.command)
 
 
 @command.command("list", help="Every plugin: distribution, version, status, cause.")

@@ -28,17 +28,47 @@ COMPONENTS = (
             *reference("attention:Attention"),
         ),
         summary="grouped-query attention: multi-head, multi-query and all between",
+        strategy="composeformer_dense.testing:attentions",
     ),
     Component(
-        "ffn", "swiglu", SwiGLU, reference("ffn:FeedForward"), summary="gated or plain feed-forward network"
+        "ffn",
+        "swiglu",
+        SwiGLU,
+        reference("ffn:FeedForward"),
+        summary="gated or plain feed-forward network",
+        strategy="composeformer_dense.testing:feed_forwards",
     ),
     Component(
-        "norm", "rmsnorm", RMSNorm, reference("norms:RMSNorm"), summary="divides by the root mean square"
+        "norm",
+        "rmsnorm",
+        RMSNorm,
+        reference("norms:RMSNorm"),
+        summary="divides by the root mean square",
+        strategy="composeformer_dense.testing:rms_norms",
     ),
-    Component("norm", "layernorm", LayerNorm, reference("norms:LayerNorm"), summary="mean 0 and variance 1"),
-    Component("position", "rope", Rope, reference("rotary:Rope"), summary="rotary positions"),
     Component(
-        "position", "linear", LinearRope, reference("rotary:LinearRope"), summary="rope, positions divided"
+        "norm",
+        "layernorm",
+        LayerNorm,
+        reference("norms:LayerNorm"),
+        summary="mean 0 and variance 1",
+        strategy="composeformer_dense.testing:layer_norms",
+    ),
+    Component(
+        "position",
+        "rope",
+        Rope,
+        reference("rotary:Rope"),
+        summary="rotary positions",
+        strategy="composeformer_dense.testing:ropes",
+    ),
+    Component(
+        "position",
+        "linear",
+        LinearRope,
+        reference("rotary:LinearRope"),
+        summary="rope, positions divided",
+        strategy="composeformer_dense.testing:linear_ropes",
     ),
     Component(
         "position",
@@ -46,8 +76,16 @@ COMPONENTS = (
         Llama3Rope,
         reference("rotary:Llama3Rope"),
         summary="rope, stretched as in Llama 3.1",
+        strategy="composeformer_dense.testing:llama3_ropes",
     ),
-    Component("position", "yarn", YarnRope, reference("rotary:YarnRope"), summary="rope, stretched by parts"),
+    Component(
+        "position",
+        "yarn",
+        YarnRope,
+        reference("rotary:YarnRope"),
+        summary="rope, stretched by parts",
+        strategy="composeformer_dense.testing:yarn_ropes",
+    ),
     Component("position", "none", NoPosition, reference("rotary:NoPosition"), summary="no positions"),
     Component(
         "residual",
@@ -56,7 +94,7 @@ COMPONENTS = (
         reference("residual:PreNorm"),
         summary="a norm before each sublayer",
         default=True,
-        claims=("identity-when-sublayers-are-zero",),
+        claims=("identity",),
     ),
     Component(
         "embedding",
@@ -64,10 +102,17 @@ COMPONENTS = (
         TokenEmbedding,
         reference("ends:TokenEmbedding"),
         summary="a row per token",
+        strategy="composeformer_dense.testing:embeddings",
         default=True,
     ),
     Component(
-        "head", "linear", LinearHead, reference("ends:LinearHead"), summary="a logit per token", default=True
+        "head",
+        "linear",
+        LinearHead,
+        reference("ends:LinearHead"),
+        summary="a logit per token",
+        default=True,
+        strategy="composeformer_dense.testing:heads",
     ),
     Component(
         "precision",

@@ -40,6 +40,7 @@ COMPONENTS = (
             Implementation("reference", "composeformer_moe.reference:MixtureOfExperts"),
         ),
         summary="shared experts, and routed ones of which each token passes through a few",
+        strategy="composeformer_moe.testing:mixtures",
     ),
     Component(
         "router",
@@ -47,6 +48,7 @@ COMPONENTS = (
         Softmax,
         (Implementation("reference", "composeformer_moe.softmax:SoftmaxRouter"),),
         summary="softmax over experts, balanced by losses",
+        strategy="composeformer_moe.testing:softmax_routers",
     ),
     Component(
         "router",
@@ -54,6 +56,7 @@ COMPONENTS = (
         SigmoidBias,
         (Implementation("reference", "composeformer_moe.sigmoid_bias:SigmoidBiasRouter"),),
         summary="sigmoids, balanced without a loss by a bias on the choice",
+        strategy="composeformer_moe.testing:sigmoid_routers",
     ),
 )
 

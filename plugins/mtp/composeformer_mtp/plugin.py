@@ -13,6 +13,7 @@ COMPONENTS = (
         MTP,
         (Implementation("reference", "composeformer_mtp.module:MultiTokenPrediction"),),
         summary="sequential modules that each predict one token further",
+        strategy="composeformer_mtp.testing:predictors",
     ),
 )
 

@@ -1,0 +1,76 @@
+"""`compose plugins check`: a plugin's components tried against the laws of their slots. Exit 1 where one is broken."""
+
+from typing import Any
+
+import click
+
+from composeformer.cli.options import console, json_option, plural, print_json, progress
+
+
+@click.command("check", help="Try every law on every component of PLUGIN, and print its certificate.")
+@click.argument("plugin")
+@click.option("--law", "only", help="This law alone, as slot.name.")
+@click.option("--slot", help="The components of this slot alone.")
+@click.option("--examples", type=click.IntRange(min=1), help="Cases of each law; its own number by default.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all cases.")
+@json_option
+def command(
+    plugin: str, only: str | None, slot: str | None, examples: int | None, seed: int, as_json: bool
+) -> int:
+    from composeformer.errors import InputError, MissingExtra
+
+    try:
+        import hypothesis  # noqa: F401
+    except ImportError:
+        raise MissingExtra("hypothesis", "laws", "trying laws") from None
+    from composeformer.testing.certificate import Certificate, certify
+    from composeformer.testing.law import laws_for
+    from composeformer.testing.subject import subjects
+
+    tried = [each for each in subjects(plugin) if slot in (None, each.slot)]
+    total = 1 if only else sum(len(laws_for(each.component)) for each in tried)
+    findings = []
+    with progress("laws") as advance:
+        for finding in certify(tried, examples=examples, seed=seed, only=only):
+            findings.append(finding)
+            advance(len(findings), total)
+    if not findings:
+        raise InputError(
+            f"{plugin}: no law was tried; it has: {', '.join(sorted({each.slot for each in tried}))}"
+        )
+    certificate = Certificate(findings=tuple(findings))
+    if as_json:
+        print_json({"plugin": plugin, **certificate.to_dict()})
+    else:
+        _print(plugin, certificate)
+    return 1 if certificate.broken else 0
+
+
+def _print(plugin: str, certificate: Any) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    screen = console()
+    parts: dict[tuple[str, str], list[Any]] = {}
+    for each in certificate.findings:
+        parts.setdefault((each.slot, each.kind), []).append(each)
+    for (slot, kind), findings in parts.items():
+        table = Table(title=f"{slot} {kind}", title_justify="left")
+        for column in ("law", "implementation", "verdict", "cases", "worst error", "its bound", "seed"):
+            table.add_column(column, overflow="fold")
+        for each in findings:
+            exact = each.bound == 0
+            verdict = f"[red]{each.verdict}[/]" if not each.held else escape(each.verdict)
+            error, bound = ("", "exact") if exact else (f"{each.error:.2g}", f"{each.bound:.2g}")
+            if each.verdict == "does not apply":
+                error, bound = "", escape(each.why)
+            row = (each.law, each.implementation, verdict, str(each.cases), error, bound, str(each.seed))
+            table.add_row(*row)
+        screen.print(table)
+    for each in certificate.broken:
+        screen.print(f"\n{each}", markup=False, highlight=False, soft_wrap=True)
+    if certificate.broken:
+        screen.print(f"{plugin}: {plural(len(certificate.broken), 'law')} broken", markup=False)
+    else:
+        cases = sum(each.cases for each in certificate.findings)
+        screen.print(f"{plugin}: all laws hold, in {plural(cases, 'case')}", markup=False)

@@ -1,0 +1,99 @@
+"""Tiny tables of a component, drawn: by its own strategy, or from what its fields say.
+
+A strategy, named in `Component.strategy`, draws tables of one kind without the parts they take; whoever needs a whole
+table gives it parts with `completed`. Without a strategy every field is drawn within its limits, small.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from math import isfinite
+from typing import Any
+
+from hypothesis import strategies as st
+
+from composeformer import lazy
+from composeformer.config import LAYER, FieldFacts, facts_of
+from composeformer.contracts import Component
+from composeformer.errors import InputError
+
+Table = dict[str, Any]
+
+LARGEST = 6  # multiples of a size that is drawn from a field
+DEEPEST = 3  # parts within parts within parts
+
+
+@cache
+def tables(component: Component) -> "st.SearchStrategy[Table]":
+    """Tables of a component without its parts. Raises InputError where a field can not be drawn without a strategy."""
+    if component.strategy is not None:
+        found = lazy.load(component.strategy)
+        made: st.SearchStrategy[Table] = found if isinstance(found, st.SearchStrategy) else found()
+        return made
+    fixed: dict[str, st.SearchStrategy[Any]] = {"kind": st.just(component.kind)}
+    more: dict[str, st.SearchStrategy[Any]] = {}
+    for name, fact in facts_of(component.config).items():
+        if fact.slot is None and fact.record is None:
+            (fixed if fact.required else more)[name] = _values(component, fact)
+    return st.fixed_dictionaries(fixed, optional=more)
+
+
+@st.composite
+def completed(
+    draw: st.DrawFn, table: Table, component: Component, pool: Sequence[Component], depth: int = 0
+) -> Table:
+    """The table with a drawn part, whole, in every field that takes one and has none. `pool` is what there is to choose
+    from; where one component is the nearest to try (a plugin's own), it stands first.
+    """
+    whole = dict(table)
+    for name, fact in facts_of(component.config).items():
+        if fact.slot is None or fact.slot == LAYER or fact.by_kind or name in whole:
+            continue
+        offered = [each for each in pool if each.slot == fact.slot]
+        if fact.optional and (depth >= DEEPEST or not offered or draw(st.booleans())):
+            continue
+        if not offered:
+            raise InputError(
+                f"{component.slot} {component.kind}: {name} takes a {fact.slot}, and there is none"
+            )
+        whole[name] = draw(whole_tables(draw(st.sampled_from(offered)), pool, depth + 1))
+    return whole
+
+
+@st.composite
+def whole_tables(draw: st.DrawFn, component: Component, pool: Sequence[Component], depth: int = 0) -> Table:
+    """Tables of a component with all its parts in them."""
+    return draw(completed(draw(tables(component)), component, pool, depth))
+
+
+def _values(component: Component, fact: FieldFacts) -> "st.SearchStrategy[Any]":
+    one = _one(component, fact)
+    return st.lists(one, min_size=1, max_size=3) if fact.many else one
+
+
+def _one(component: Component, fact: FieldFacts) -> "st.SearchStrategy[Any]":
+    if fact.choices is not None:
+        return st.sampled_from(list(fact.choices))
+    if fact.kind == "boolean":
+        return st.booleans()
+    if fact.kind == "integer":
+        step = fact.multiple_of or 1
+        low = 1 if fact.minimum is None else int(fact.minimum)
+        low = max(low, int(fact.above) + 1) if fact.above is not None else low
+        first = -(-low // step)
+        last = first + LARGEST if fact.maximum is None else min(first + LARGEST, int(fact.maximum) // step)
+        return st.integers(first, last).map(lambda n: n * step)
+    if fact.kind == "float":
+        low_ = fact.minimum if fact.minimum is not None else fact.above if fact.above is not None else 0.0
+        high = fact.maximum if fact.maximum is not None else low_ + 4.0
+        drawn = st.floats(
+            low_, high, allow_nan=False, allow_subnormal=False, exclude_min=fact.above is not None
+        )
+        stated = fact.default
+        if not fact.required and isinstance(stated, float) and isfinite(stated):
+            return st.just(stated) | drawn
+        return drawn
+    if not fact.required and isinstance(fact.default, str):
+        return st.just(fact.default)
+    raise InputError(
+        f"{component.slot} {component.kind}: {fact.name} takes any string; say by `strategy` what to try there"
+    )

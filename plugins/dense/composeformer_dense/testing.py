@@ -1,0 +1,88 @@
+"""Hypothesis strategies of tiny tables for the dense parts, without the parts they take. Nothing else imports them."""
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+Table = dict[str, Any]
+Tables = st.SearchStrategy[Table]
+
+LAYOUTS = st.sampled_from(["half-split", "interleaved"])
+THETAS = st.sampled_from([10000.0, 100.0, 2.0, 1e6])
+FACTORS = st.sampled_from([1.0, 2.0, 4.0, 40.0]) | st.floats(1.0, 64.0)
+EPSILONS = st.sampled_from([1e-6, 1e-5, 1e-8, 0.1])
+# Fractions of a width that is a multiple of four which leave an even number of features to rotate.
+FRACTIONS = st.sampled_from([1.0, 0.5])
+
+
+@st.composite
+def attentions(draw: st.DrawFn) -> Table:
+    """`gqa`, for any hidden size that is a multiple of 4; heads are of 4 or 8 features."""
+    kv_heads = draw(st.sampled_from([1, 2]))
+    heads = kv_heads * draw(st.sampled_from([1, 2, 3]))
+    switches = {name: st.booleans() for name in ("qkv_bias", "o_bias", "sinks")}
+    sizes = {"window": st.integers(1, 6), "cap": st.sampled_from([1.0, 2.0, 30.0])}
+    table: Table = {
+        "kind": "gqa",
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": draw(st.sampled_from([4, 8])),
+    }
+    return table | draw(st.fixed_dictionaries({}, optional={**switches, **sizes}))
+
+
+def feed_forwards() -> Tables:
+    """`swiglu`, of any width."""
+    activations = st.sampled_from(["silu", "gelu", "gelu_tanh", "relu", "relu2"])
+    more = {"activation": activations, "gated": st.booleans(), "bias": st.booleans()}
+    fixed = {"kind": st.just("swiglu"), "intermediate_size": st.integers(1, 24)}
+    return st.fixed_dictionaries(fixed, optional=more)
+
+
+def rms_norms() -> Tables:
+    """`rmsnorm`."""
+    return st.fixed_dictionaries({"kind": st.just("rmsnorm")}, optional={"eps": EPSILONS})
+
+
+def layer_norms() -> Tables:
+    """`layernorm`."""
+    more = {"eps": EPSILONS, "bias": st.booleans()}
+    return st.fixed_dictionaries({"kind": st.just("layernorm")}, optional=more)
+
+
+def _positions(kind: str, **required: st.SearchStrategy[Any]) -> Tables:
+    more = {"theta": THETAS, "layout": LAYOUTS, "fraction": FRACTIONS}
+    return st.fixed_dictionaries({"kind": st.just(kind), **required}, optional=more)
+
+
+def ropes() -> Tables:
+    """`rope`, for widths that are multiples of four, like all positions here."""
+    return _positions("rope")
+
+
+def linear_ropes() -> Tables:
+    """`linear`."""
+    return _positions("linear", factor=FACTORS)
+
+
+def llama3_ropes() -> Tables:
+    """`llama3`."""
+    return _positions("llama3", factor=FACTORS, original_max_position_embeddings=st.integers(8, 4096))
+
+
+def yarn_ropes() -> Tables:
+    """`yarn`."""
+    return _positions("yarn", factor=FACTORS, original_max_position_embeddings=st.integers(8, 4096))
+
+
+def embeddings() -> Tables:
+    """`token`."""
+    return st.fixed_dictionaries(
+        {"kind": st.just("token")}, optional={"scale": st.sampled_from([1.0, 0.5, 4.0])}
+    )
+
+
+def heads() -> Tables:
+    """`linear`, the head."""
+    more = {"scale": st.sampled_from([1.0, 0.25, 2.0]), "cap": st.sampled_from([1.0, 30.0])}
+    return st.fixed_dictionaries({"kind": st.just("linear")}, optional=more)

@@ -1,0 +1,11 @@
+"""A hypothesis strategy of tiny `mtp` tables, without the parts they take. Nothing else imports it."""
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+
+def predictors() -> st.SearchStrategy[dict[str, Any]]:
+    """`mtp`, of one or two depths."""
+    more = {"depth": st.integers(1, 2), "loss_weight": st.sampled_from([0.3, 0.0, 1.0])}
+    return st.fixed_dictionaries({"kind": st.just("mtp")}, optional=more)
