@@ -1,9 +1,9 @@
 """How far two right computations of the same thing may be apart.
 
-The standard model of rounding: each operation is exact but for a relative error of at most u, the unit roundoff. Those of
-n operations on random numbers add up to a multiple of sqrt(n) u (Higham and Mary, SIAM J. Sci. Comput. 41, A2815, 2019).
-What they make of a result depends on the case: its condition, the largest change of the result for a relative change of
-everything that enters it, measured in float64 in random directions. The bound is the product.
+The standard model of rounding: each operation is exact but for a relative error of at most u, the unit roundoff.
+Those of n operations on random numbers add up to a multiple of sqrt(n) u (Higham and Mary, SIAM J. Sci. Comput. 41,
+A2815, 2019). What they make of a result depends on the case: its condition, the largest change of the result for a
+relative change of everything that enters it, measured in float64 in random directions. The bound is the product.
 
 Sums are accumulated in float32 or wider whatever the dtype; every stage rounds its result to the dtype.
 """

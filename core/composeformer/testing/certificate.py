@@ -3,7 +3,10 @@
 A counterexample is the values that the law drew; `replay` runs the law on them again.
 """
 
+import pprint
+import textwrap
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import isfinite
@@ -17,6 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 
 from composeformer.errors import ComposeError
+from composeformer.registry import Registry
 from composeformer.testing.case import Case
 from composeformer.testing.drawing import Draw, Drawn, Given
 from composeformer.testing.law import Law, LawBroken, find_law, laws_for
@@ -55,12 +59,19 @@ class Finding:
         if self.values is None:
             return ""
         name = "".join(c if c.isalnum() else "_" for c in f"{self.law}_{self.kind}")
-        given = ",\n        ".join(f"{label!r}: {value!r}" for label, value in self.values.items())
-        kind = f'"{self.kind}", implementation="{self.implementation}", slot="{self.slot}"'
+        given = textwrap.indent(
+            pprint.pformat(dict(self.values), width=100, sort_dicts=False), " " * 8
+        ).lstrip()
         return (
             "from composeformer.testing import replay\n\n\n"
             f"def test_{name}():\n"
-            f'    replay("{self.law}", {kind}, values={{\n        {given},\n    }})\n'
+            "    replay(\n"
+            f"        {self.law!r},\n"
+            f"        {self.kind!r},\n"
+            f"        slot={self.slot!r},\n"
+            f"        implementation={self.implementation!r},\n"
+            f"        values={given},\n"
+            "    )\n"
         )
 
     def __str__(self) -> str:
@@ -209,7 +220,9 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     memory.fill_uninitialized_memory = True
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic.*")
+            yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         memory.fill_uninitialized_memory = filled
