@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from composeformer.contracts import Component
 
 PROJECT = "composeformer"
+# The version of these hooks and of the modules that plugins may use: the first two numbers of composeformer's own.
+API_VERSION = "0.1"
+# What a plugin of that version requires of composeformer.
+API_RANGE = ">=0.1,<0.2"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)

@@ -18,7 +18,7 @@ COMMANDS = {
     "check": "Validate specs and nothing else.",
     "show": "A spec's component tree, precision by role, and where values come from.",
     "cost": "Parameters, cache and floating-point operations of a spec.",
-    "plugins": "What is installed, from where.",
+    "plugins": "What is installed, from where; start a plugin, prove one.",
     "schema": "JSON Schema of specs, for editors.",
     "import": "A Hugging Face folder or a GGUF file becomes a model folder.",
     "export": "A model folder becomes a plain Hugging Face folder.",

@@ -1,19 +1,18 @@
-"""`compose plugins`: what is installed, from where; what a plugin brings; why one is not loaded."""
+"""`compose plugins`: what is installed, from where; what a plugin brings; why one is not loaded; `new` and `check`."""
 
 from typing import Any
 
 import click
 
-from composeformer.cli import plugins_new_command
+from composeformer import lazy
 from composeformer.cli.options import console, json_option, print_json
-from composeformer.cli.plugins_check_command import command as check_command
 from composeformer.errors import InputError, nearest, one_of
 
 
 @click.group(
     "plugins",
     invoke_without_command=True,
-    help="What is installed, from where, and why a plugin is not loaded.",
+    help="What is installed, from where, and why a plugin is not loaded; start one, prove one.",
 )
 @json_option
 @click.pass_context
@@ -24,10 +23,9 @@ def command(ctx: click.Context, as_json: bool) -> None:
         raise click.UsageError(f"--json goes after {ctx.invoked_subcommand}")
 
 
-command.add_command(check_command)
-
-
-command.add_command(plugins_new_command.command)
+# By name: laws need torch, as listing plugins does not.
+for subcommand in ("new", "check"):
+    command.add_command(lazy.load(f"composeformer.cli.plugins_{subcommand}_command:command"))
 
 
 @command.command("list", help="Every plugin: distribution, version, status, cause.")
