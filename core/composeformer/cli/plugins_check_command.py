@@ -17,7 +17,7 @@ from composeformer.cli.options import console, json_option, plural, print_json, 
 def command(
     plugin: str, only: str | None, slot: str | None, examples: int | None, seed: int, as_json: bool
 ) -> int:
-    from composeformer.errors import InputError, MissingExtra
+    from composeformer.errors import InputError, MissingExtra, one_of
 
     try:
         import hypothesis  # noqa: F401
@@ -27,7 +27,8 @@ def command(
     from composeformer.testing.law import laws_for
     from composeformer.testing.subject import subjects
 
-    tried = [each for each in subjects(plugin) if slot in (None, each.slot)]
+    brought = list(subjects(plugin))
+    tried = [each for each in brought if slot in (None, each.slot)]
     total = 1 if only else sum(len(laws_for(each.component)) for each in tried)
     findings = []
     with progress("laws") as advance:
@@ -35,9 +36,8 @@ def command(
             findings.append(finding)
             advance(len(findings), total)
     if not findings:
-        raise InputError(
-            f"{plugin}: no law was tried; it has: {', '.join(sorted({each.slot for each in tried}))}"
-        )
+        slots = one_of(dict.fromkeys(each.slot for each in brought))
+        raise InputError(f"{plugin}: no law was tried; its components are of {slots}")
     certificate = Certificate(findings=tuple(findings))
     if as_json:
         print_json({"plugin": plugin, **certificate.to_dict()})

@@ -122,6 +122,7 @@ class _Trial:
                 raise
             self.cases += self.failure is None
             self.failure = draw.values, error, _spec(case)
+            self.error, self.bound = case.error, case.bound
             raise
         self.cases += self.failure is None
         if case.error * self.bound >= self.error * case.bound:
@@ -201,11 +202,17 @@ def certify(
 
 
 def replay(
-    law: str, kind: str, *, slot: str, implementation: str = "reference", values: Mapping[str, Any]
+    law: str,
+    kind: str,
+    *,
+    slot: str,
+    implementation: str = "reference",
+    values: Mapping[str, Any],
+    registry: Registry | None = None,
 ) -> None:
     """Runs a law on the values of a counterexample. Raises what the law raises, LawBroken or a part's own error."""
     with poisoned():
-        find_law(law).run(Case(subject(slot, kind, implementation), Given(values)))
+        find_law(law).run(Case(subject(slot, kind, implementation, registry), Given(values)))
 
 
 @contextmanager

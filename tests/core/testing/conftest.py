@@ -1,0 +1,6 @@
+"""The plugin under test is imported by name, as an installed one is."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
