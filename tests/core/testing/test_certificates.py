@@ -94,7 +94,7 @@ def test_a_plugin_is_found_by_its_own_and_its_distributions_name(registry: Any) 
     for name in ("averages", "averages-dist", "averages-dist:averages"):
         assert {each.kind for each in subjects(name, registry)} == kinds
     assert kinds < {each.kind for each in subjects(registry=registry)}
-    with pytest.raises(InputError, match="no plugin has this name.*did you mean 'averages'"):
+    with pytest.raises(InputError, match=r"no plugin has this name.*did you mean 'averages'"):
         list(subjects("avrages", registry))
 
 
