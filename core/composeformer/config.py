@@ -25,6 +25,7 @@ from composeformer.errors import Problem, nearest, one_of
 
 if TYPE_CHECKING:
     from composeformer.contracts import Cost, Declared, Phase
+    from composeformer.conventions import Convention
     from composeformer.site import Site
 
 T = TypeVar("T")
@@ -159,6 +160,10 @@ class Config:
 
     def cost(self, site: "Site", phase: "Phase") -> Iterable["Cost"]:
         """What tensors can not tell: attention cores, caches, exchanges, saved activations."""
+        return ()
+
+    def conventions(self, site: "Site") -> Iterable["Convention"]:
+        """Other ways in which these tensors are stored elsewhere; tried where a model differs from a trusted one."""
         return ()
 
 

@@ -33,9 +33,14 @@ def _finite(_: click.Context, __: click.Parameter, value: float) -> float:
 @click.option(
     "--tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Length of the rows compared."
 )
+@click.option(
+    "--bisect", is_flag=True, help="Where they differ, try known conventions until they explain it."
+)
 @click.option("--hashes", is_flag=True, help="Also read every file against its manifest.")
 @json_option
-def command(folder: Path, against: Path, tolerance: float, tokens: int, hashes: bool, as_json: bool) -> int:
+def command(
+    folder: Path, against: Path, tolerance: float, tokens: int, bisect: bool, hashes: bool, as_json: bool
+) -> int:
     from composeformer.store import verify
     from composeformer.store.loading import like, open_any
 
@@ -43,7 +48,7 @@ def command(folder: Path, against: Path, tolerance: float, tokens: int, hashes: 
     with progress("loading") as advance:
         ours = open_any(folder, check_hashes=hashes, progress=advance)
         theirs = open_any(against, weights=like(ours), check_hashes=hashes, progress=advance)
-    verdict = verify(ours, theirs, tolerance=tolerance, tokens=tokens)
+    verdict = verify(ours, theirs, tolerance=tolerance, tokens=tokens, bisect=bisect)
     if as_json:
         print_json(verdict.to_dict())
     else:
@@ -64,6 +69,11 @@ def _print(verdict: Any, ours: str, theirs: str) -> None:
     if first is not None:
         gap = first.detail or f"differs by {first.relative:.3g}, more than {verdict.tolerance:g}"
         screen.print(f"first difference: the output of {first.where} {gap}", markup=False)
+    if verdict.explanation is not None:
+        for line in verdict.explanation.lines:
+            screen.print(f"bisect: {line}", markup=False)
+    elif first is not None:
+        screen.print("--bisect searches for the conventions that explain it", markup=False)
     told = "equal" if verdict.equal else "NOT equal"
     over = plural(verdict.tokens, "token")
     logits = "" if verdict.logits is None else f"; logits differ by {verdict.logits:.3g} over {over}"

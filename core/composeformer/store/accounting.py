@@ -71,7 +71,9 @@ def lookup(spec: Spec, dialect: str, source: Tensors, where: Path) -> Lookup:
         for place, part in enumerate(parts)
     }
     if dialect == NATIVE:
-        _check_dtypes({name: w.dtype if name in places else None for name, w in formats.stored.items()}, source, where)
+        _check_dtypes(
+            {name: w.dtype if name in places else None for name, w in formats.stored.items()}, source, where
+        )
         _account(spec, source, where)
         checked = Checked(source, places, where)
         return Lookup(lambda name, groups: taken(checked, name, groups))
@@ -81,7 +83,11 @@ def lookup(spec: Spec, dialect: str, source: Tensors, where: Path) -> Lookup:
             f"{where}: tensors are named as by dialect {show(dialect)}; installed: {one_of(known)}"
         )
     with telling(where):
-        moved = [(t.theirs.names, t.ours.names[0], t.dtype) for t in known[dialect].rules(spec) if t.ours is not None]
+        moved = [
+            (t.theirs.names, t.ours.names[0], t.dtype)
+            for t in known[dialect].rules(spec)
+            if t.ours is not None
+        ]
         _check_dtypes({name: dtype for names, _, dtype in moved for name in names}, source, where)
         theirs = {name: places[ours] for names, ours, _ in moved if ours in places for name in names}
         return known[dialect].lookup(spec, Checked(source, theirs, where) if theirs else source)
@@ -115,7 +121,9 @@ def _check_dtypes(names: Mapping[str, str | None], source: Tensors, where: Path)
         if dtype is None:
             continue
         if wanted is not None and spelled(dtype) != wanted:
-            wrong.append(f"{where}: {name}: is stored as {spelled(dtype)}; the spec's precision keeps it as {wanted}")
+            wrong.append(
+                f"{where}: {name}: is stored as {spelled(dtype)}; the spec's precision keeps it as {wanted}"
+            )
         elif wanted is None and dtype not in WEIGHT_DTYPES:
             told = f"weights are read from {allowed}, or from codes that a quantization_config tells of"
             wrong.append(f"{where}: {name}: is stored as {spelled(dtype)}; {told}")

@@ -1,48 +1,43 @@
 """Compare two models: meaning, tensors, outputs. The first component whose output differs is named.
 
-Both run on the same token ids; every part's output is kept in the order of computation. A difference is
-max|a - b| / max|b| over a tensor, b being the model that is trusted. Weights that one of the two alone stores as codes
-are compared as the numbers that they stand for.
+Both run on the same token ids; every part's output is kept in the order of computation. Weights that one of the two
+alone stores as codes are compared as the numbers that they stand for.
 """
 
 from collections.abc import Mapping
-from math import inf, isfinite
+from math import isfinite
 from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from composeformer.decoder import Model
 from composeformer.errors import InputError, show
 from composeformer.spec.fingerprint import meaning
+from composeformer.store.bisecting import Explanation, explain
 from composeformer.store.decoding import decoder
+from composeformer.store.outputs import Difference, difference, first_of, gap, outputs, sample
 from composeformer.tensors import DTYPES
 
 
 @attrs.frozen(kw_only=True)
-class Difference:
-    """`relative` is max|a - b| / max|b|; None where the two can not be subtracted, and `detail` says why."""
-
-    where: str
-    relative: float | None
-    detail: str = ""
-
-
-@attrs.frozen(kw_only=True)
 class Verdict:
-    """What a comparison found. `outputs` holds every component's difference, in the order of computation."""
+    """What a comparison found. `outputs` holds every component's difference, in the order of computation;
+    `explanation` what a search for the conventions behind them found, where one was asked for and they differ.
+    """
 
     structure: tuple[str, ...]
     tensors: tuple[Difference, ...]
     outputs: tuple[Difference, ...]
     tolerance: float
     tokens: int
+    explanation: Explanation | None = None
 
     @property
     def first(self) -> Difference | None:
         """The first component whose output differs by more than the tolerance."""
-        return next((d for d in self.outputs if d.relative is None or not d.relative <= self.tolerance), None)
+        return first_of(self.outputs, self.tolerance)
 
     @property
     def logits(self) -> float | None:
@@ -63,43 +58,47 @@ class Verdict:
             "first_difference": None if self.first is None else attrs.asdict(self.first),
             "logits": self.logits,
             "outputs": [attrs.asdict(d) for d in self.outputs],
+            "explanation": None if self.explanation is None else self.explanation.to_dict(),
         }
 
 
 def verify(
-    model: Model, against: Model, *, tolerance: float = 1e-5, tokens: int = 64, seed: int = 0
+    model: Model,
+    against: Model,
+    *,
+    tolerance: float = 1e-5,
+    tokens: int = 64,
+    seed: int = 0,
+    bisect: bool = False,
 ) -> Verdict:
     """Compares `model` with a trusted one, on `tokens` random ids of two rows, one of them left-padded.
 
+    With `bisect`, where outputs differ, the conventions that make them differ are searched for, in float32.
     Raises InputError for a length or a tolerance that compares nothing, and over several processes, of which each
     would compare its own experts alone.
     """
     if (size := max(model.placement.world.size, against.placement.world.size)) > 1:
         raise InputError(f"verify compares the models of one process, and there are {size}")
-    vocab = min(model.spec.model.vocab_size, against.spec.model.vocab_size)
-    longest = min(model.spec.model.max_position_embeddings, against.spec.model.max_position_embeddings)
-    length = min(tokens, longest)
-    if length < 1:
-        raise InputError(f"tokens = {tokens}: must be at least 1")
+    ids, valid = sample(model, against, tokens, seed)
     if not (isfinite(tolerance) and tolerance >= 0):
         raise InputError(f"tolerance = {tolerance}: must be a finite number, at least 0")
-    ids = torch.randint(vocab, (2, length), generator=torch.Generator().manual_seed(seed))
-    valid = torch.ones(2, length, dtype=torch.bool)
-    valid[1, : length // 4] = False
-    ours, theirs = _outputs(model, ids, valid), _outputs(against, ids, valid)
-    outputs = [_difference(path, ours.get(path), output, valid) for path, output in theirs.items()]
-    outputs += [
+    ours, theirs = outputs(model, ids, valid), outputs(against, ids, valid)
+    found = [difference(path, ours.get(path), output, valid) for path, output in theirs.items()]
+    found += [
         Difference(where=path, relative=None, detail="only in the first")
         for path in ours
         if path not in theirs
     ]
-    return Verdict(
+    verdict = Verdict(
         structure=tuple(_structure(model, against)),
         tensors=tuple(_tensors(model, against)),
-        outputs=tuple(outputs),
+        outputs=tuple(found),
         tolerance=tolerance,
         tokens=int(valid.sum()),
     )
+    if not bisect or verdict.first is None:
+        return verdict
+    return attrs.evolve(verdict, explanation=explain(model, against, ids, valid, tolerance))
 
 
 def _structure(model: Model, against: Model) -> list[str]:
@@ -142,7 +141,7 @@ def _tensors(model: Model, against: Model) -> list[Difference]:
             shapes = f"{tuple(ours[name].shape)} against {tuple(theirs[name].shape)}"
             found.append(Difference(where=name, relative=None, detail=shapes))
         elif not _equal(ours[name].cpu(), theirs[name].cpu()):
-            found.append(_gap(name, ours[name], theirs[name]))
+            found.append(gap(name, ours[name], theirs[name]))
     return found
 
 
@@ -165,59 +164,3 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     if a.dtype == b.dtype and a.element_size() == 1:
         return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
     return torch.equal(a, b.to(a.dtype))
-
-
-def _outputs(model: Model, ids: Tensor, valid: Tensor) -> dict[str, Tensor]:
-    """Every part's output by path, in the order of computation, the logits last."""
-    kept: dict[str, Tensor] = {}
-    hooks = []
-
-    def keep(path: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            hidden = getattr(output, "hidden", output)
-            if isinstance(hidden, Tensor):
-                # A predictor calls the embedding and the head again; the model's own call comes first.
-                kept.setdefault(path, hidden.detach().cpu())
-
-        return hook
-
-    paths = {node.path for node in model.spec.plan.nodes() if node.slot != "position"}
-    for path, module in model.named_modules():
-        if path in paths:
-            hooks.append(module.register_forward_hook(keep(path)))
-    try:
-        with torch.inference_mode():
-            given = ids.to(model.device), valid.to(model.device)
-            predict = model.predictor is not None
-            logits = model(given[0], valid=given[1], phase="train", predict=predict).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
-    # The head's own output is the logits, told once under the name that users know.
-    kept.pop("head", None)
-    kept["logits"] = logits.cpu()
-    return kept
-
-
-def _difference(path: str, a: Tensor | None, b: Tensor, valid: Tensor) -> Difference:
-    if a is None:
-        return Difference(where=path, relative=None, detail="only in the second")
-    if a.shape != b.shape:
-        return Difference(where=path, relative=None, detail=f"{tuple(a.shape)} against {tuple(b.shape)}")
-    # What stands at padding is nobody's business; a predictor's outputs are of the first tokens alone.
-    fits = a.shape[0] == valid.shape[0] and a.ndim > 1 and a.shape[1] <= valid.shape[1]
-    real = valid[:, : a.shape[1]] if fits else torch.ones(a.shape[:2], dtype=torch.bool)
-    return _gap(path, a[real], b[real])
-
-
-def _gap(where: str, a: Tensor, b: Tensor) -> Difference:
-    a, b = a.detach().cpu().double(), b.detach().cpu().double()
-    infinite = [name for name, x in (("first", a), ("second", b)) if not bool(x.isfinite().all())]
-    if infinite:
-        told = f"is not finite in the {' and the '.join(infinite)}"
-        return Difference(where=where, relative=None, detail=told)
-    scale = float(b.abs().max()) if b.numel() else 0.0
-    gap = float((a - b).abs().max()) if b.numel() else 0.0
-    if gap and not isfinite(gap / scale if scale else inf):
-        return Difference(where=where, relative=None, detail="is 0 everywhere in the second only")
-    return Difference(where=where, relative=gap / scale if gap else 0.0)

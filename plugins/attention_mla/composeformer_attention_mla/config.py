@@ -9,6 +9,7 @@ from math import sqrt
 
 from composeformer.config import Config, config, field, part
 from composeformer.contracts import Cache, Core, Cost, Declared, Linear, Normal, Part, Phase
+from composeformer.conventions import Convention, Order, after, exchanged, gathered
 from composeformer.errors import Problem
 from composeformer.site import Site
 
@@ -129,3 +130,36 @@ class MLA(Config):
         per_token = self.kv_lora_rank + self.qk_rope_head_dim
         yield Core(name="attention", per_key=per_key, window=self.window)
         yield Cache(name="latent and rotary key", per_token=per_token, window=self.window)
+
+    def conventions(self, site: Site) -> Iterable[Convention]:
+        heads, rank = self.num_heads, self.kv_lora_rank
+        nope, rope, value = self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim
+        queries = "q" if self.q_lora_rank is None else "q_b"
+
+        def orders(query: tuple[int, ...], latent: tuple[int, ...]) -> tuple[Order, ...]:
+            biased = (Order(tensor="kv_a.bias", dim=-1, indices=latent),) if self.attention_bias else ()
+            return (
+                Order(tensor=f"{queries}.weight", dim=-2, indices=query),
+                Order(tensor="kv_a.weight", dim=-2, indices=latent),
+                *biased,
+            )
+
+        layout = getattr(self.position.config, "other_layout", None)
+        if layout is not None:
+            usual, other, order = layout(rope)
+            changes = orders(after(nope, order), after(rank, order))
+            yield Convention(name="rotary layout", usual=usual, other=other, changes=changes)
+        yield Convention(
+            name="rotary features",
+            usual="behind the others",
+            other="before the others",
+            changes=orders(exchanged(nope, rope), exchanged(rank, rope)),
+        )
+        apart = Order(tensor="kv_b.weight", dim=-2, indices=gathered(heads, nope, value))
+        yield Convention(
+            name="keys and values in kv_b", usual="head by head", other="all keys first", changes=(apart,)
+        )
+        turned = Order(tensor="kv_b.weight", dim=-2, indices=exchanged(nope, value))
+        yield Convention(
+            name="keys and values in kv_b", usual="keys first", other="values first", changes=(turned,)
+        )

@@ -12,6 +12,7 @@ import attrs
 
 from composeformer.config import Config, config, field, part
 from composeformer.contracts import Cost, Declared, Exchange, Linear, Normal, Part, Phase
+from composeformer.conventions import Convention, Swap
 from composeformer.errors import Problem
 from composeformer.site import Site
 
@@ -83,3 +84,8 @@ class MoE(Config):
         top_k: int = self.router.config.top_k
         yield Exchange(name="dispatch", elements=site.width, fan_out=top_k)
         yield Exchange(name="combine", elements=site.width, fan_out=top_k)
+
+    def conventions(self, site: Site) -> Iterable[Convention]:
+        names = ("", "shared_") if self.shared_width else ("",)
+        swaps = tuple(Swap(first=f"{name}gate.weight", second=f"{name}up.weight") for name in names)
+        yield Convention(name="gate and up", usual="as named", other="exchanged", changes=swaps)

@@ -10,6 +10,7 @@ import attrs
 
 from composeformer.config import Config, config, field, layer, part
 from composeformer.contracts import Cost, Declared, LayerParts, Linear, Normal, Part, Phase, Uses
+from composeformer.conventions import Convention, Order, Swap, exchanged
 from composeformer.errors import Problem
 from composeformer.site import Site
 
@@ -60,3 +61,15 @@ class MTP(Config):
 
     def cost(self, site: Site, phase: Phase) -> Iterable[Cost]:
         yield Uses(name="the model's head", slot="head", times=self.depth)
+
+    def conventions(self, site: Site) -> Iterable[Convention]:
+        names = [f"depths.{depth}" for depth in range(self.depth)]
+        halves = exchanged(site.width, site.width)
+        yield Convention(
+            name="inputs of eh_proj",
+            usual="[embedding; hidden]",
+            other="[hidden; embedding]",
+            changes=tuple(Order(tensor=f"{name}.eh_proj.weight", dim=-1, indices=halves) for name in names),
+        )
+        swaps = tuple(Swap(first=f"{name}.enorm.weight", second=f"{name}.hnorm.weight") for name in names)
+        yield Convention(name="enorm and hnorm", usual="as named", other="exchanged", changes=swaps)

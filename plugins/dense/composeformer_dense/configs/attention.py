@@ -24,6 +24,7 @@ from composeformer.contracts import (
     Phase,
     Weight,
 )
+from composeformer.conventions import Convention, Order, Swap, transposed, widened
 from composeformer.errors import Problem
 from composeformer.site import Site
 
@@ -116,6 +117,33 @@ class GQA(Config):
         width = self.head_width(site.width)
         yield Core(name="attention", per_key=4 * self.num_heads * width, window=self.window)
         yield Cache(name="keys and values", per_token=2 * self.kv_heads * width, window=self.window)
+
+    def conventions(self, site: Site) -> Iterable[Convention]:
+        width, group = self.head_width(site.width), self.num_heads // self.kv_heads
+        names = ("weight", "bias") if self.qkv_bias else ("weight",)
+        dims = {"weight": -2, "bias": -1}
+        layout = getattr(self.position.config, "other_layout", None)
+        if layout is not None:
+            usual, other, order = layout(width)
+            changes = [
+                Order(tensor=f"{linear}.{name}", dim=dims[name], indices=order)
+                for linear in ("q", "k")
+                for name in names
+            ]
+            if self.qk_norm is not None:
+                changes += [Order(tensor=f"{n}_norm.weight", dim=-1, indices=order) for n in ("q", "k")]
+            yield Convention(name="rotary layout", usual=usual, other=other, changes=tuple(changes))
+        if self.kv_heads > 1 and group > 1:
+            heads = widened(transposed(self.kv_heads, group), width)
+            orders = [Order(tensor=f"q.{name}", dim=dims[name], indices=heads) for name in names]
+            yield Convention(
+                name="order of query heads",
+                usual="those of one key head together",
+                other="those of one key head apart",
+                changes=(*orders, Order(tensor="o.weight", dim=-1, indices=heads)),
+            )
+        swaps = tuple(Swap(first=f"k.{name}", second=f"v.{name}") for name in names)
+        yield Convention(name="keys and values", usual="as named", other="exchanged", changes=swaps)
 
 
 def sdpa_needs(facts: Facts) -> str | None:

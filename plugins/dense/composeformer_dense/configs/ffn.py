@@ -8,6 +8,7 @@ from math import sqrt
 
 from composeformer.config import Config, config, field
 from composeformer.contracts import Declared, Linear, Normal
+from composeformer.conventions import Convention, Swap
 from composeformer.site import Site
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -47,3 +48,9 @@ class SwiGLU(Config):
             shard="in",
             init=outer,
         )
+
+    def conventions(self, site: Site) -> Iterable[Convention]:
+        if self.gated:
+            names = ("weight", "bias") if self.bias else ("weight",)
+            swaps = tuple(Swap(first=f"gate.{name}", second=f"up.{name}") for name in names)
+            yield Convention(name="gate and up", usual="as named", other="exchanged", changes=swaps)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from composeformer.config import Config, config, field
 from composeformer.contracts import Constant, Declared, Weight
+from composeformer.conventions import Convention, Shift
 from composeformer.site import Site
 
 
@@ -18,6 +19,11 @@ class RMSNorm(Config):
 
     def tensors(self, site: Site) -> Iterable[Declared]:
         yield Weight(name="weight", shape=(site.width,), init=Constant(1.0))
+
+    def conventions(self, site: Site) -> Iterable[Convention]:
+        # As Gemma has it (arXiv 2403.08295), so that weight decay pulls towards one.
+        less = Shift(tensor="weight", by=-1.0)
+        yield Convention(name="weight", usual="whole", other="less one", changes=(less,))
 
 
 @config

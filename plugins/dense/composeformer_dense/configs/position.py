@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from math import log
 
 from composeformer.config import Config, config, field
+from composeformer.conventions import interleaved, inverse
 from composeformer.errors import Problem
 from composeformer.site import Site
 
@@ -30,6 +31,14 @@ class Rope(Config):
     def rotary_width(self, width: int) -> int:
         """Features that turn, of a head `width` wide."""
         return int(width * self.fraction)
+
+    def other_layout(self, width: int) -> tuple[str, str, tuple[int, ...]]:
+        """This layout, the other one, and the order in which that has the features of a head `width` wide."""
+        turning = self.rotary_width(width)
+        pairs, rest = interleaved(turning), range(turning, width)
+        if self.layout == "interleaved":
+            return self.layout, "half-split", (*inverse(pairs), *rest)
+        return self.layout, "interleaved", (*pairs, *rest)
 
     def validate(self, site: Site) -> Iterable[Problem]:
         width = self.rotary_width(site.width)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from composeformer.config import Config, config, part
 from composeformer.contracts import Declared, Part
+from composeformer.conventions import Convention, Swap
 from composeformer.site import Site
 
 
@@ -18,3 +19,11 @@ class PreNorm(Config):
             yield site.part(self.norm, "norm")
         for sublayer in site.sublayers:
             yield site.part(self.norm, f"{sublayer}_norm")
+
+    def conventions(self, site: Site) -> Iterable[Convention]:
+        if len(site.sublayers) == 2:
+            first, second = (f"{sublayer}_norm.weight" for sublayer in site.sublayers)
+            swap = Swap(first=first, second=second)
+            yield Convention(
+                name="norms of the sublayers", usual="as named", other="exchanged", changes=(swap,)
+            )

@@ -1,0 +1,148 @@
+"""Trials: the model in question with changes applied, run beside the trusted one, in full precision.
+
+Both models are taken to one wide dtype, with codes decoded, so that what a policy rounds is not taken for a
+convention. A variant is built anew from its spec; it shares every tensor that no change touches, so a trial costs a
+forward and no copy.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from composeformer.assemble import coded, fill, in_dtype, skeleton
+from composeformer.decoder import Model
+from composeformer.errors import ComposeError, InputError
+from composeformer.spec import Spec
+from composeformer.spec.document import from_data
+from composeformer.store.bisecting.change import Change, Steps
+from composeformer.store.bisecting.meaning import Data, edited, written_out
+from composeformer.store.decoding import decoder
+from composeformer.store.outputs import Difference, difference, first_of, outputs
+from composeformer.tensors import DTYPES
+
+
+@attrs.frozen(kw_only=True)
+class Trial:
+    """How far a variant agrees: `reach` of the trusted model's outputs, in order, are alike; `first` is the next.
+
+    `worst` is the largest difference of any output, None where one is no number. A variant that can not be made has
+    no reach at all, and a `reason`.
+    """
+
+    reach: int
+    first: Difference | None
+    worst: float | None
+    reason: str = ""
+
+    @property
+    def full(self) -> bool:
+        return self.first is None and not self.reason
+
+
+class Bench:
+    """The two models, wide; `run` tries changes of the first. `data` and `values` are the first's, `trusted` and
+    `trusted_values` the second's.
+    """
+
+    def __init__(self, model: Model, against: Model, ids: Tensor, valid: Tensor, tolerance: float) -> None:
+        self.dtype = "float64" if torch.float64 in (model.activations, against.activations) else "float32"
+        self.device, self.registry = str(model.device), model.spec.registry
+        self.ids, self.valid, self.tolerance = ids, valid, tolerance
+        self.data, self.values = self._wide(model)
+        self.trusted, self.trusted_values = self._wide(against)
+        self.trusted_spec = self._spec(self.trusted)
+        self._outputs = self._run(self.trusted_spec, self.trusted_values)
+        self._tried: dict[frozenset[int], Trial] = {}
+
+    def spec(self, changes: Iterable[Change]) -> Spec:
+        """The model in question with changes, on paper. Raises ComposeError where there is no such model."""
+        return self._spec(self.edited(changes))
+
+    def edited(self, changes: Iterable[Change]) -> Data:
+        """The spec of the model in question, written out, with changes."""
+        edits: dict[Steps, Any] = {}
+        for change in changes:
+            edits |= dict(change.edits)
+        return edited(self.data, edits)
+
+    def run(self, changes: Iterable[Change]) -> Trial:
+        """What comes of these changes together; each set of them is tried once."""
+        chosen = tuple(changes)
+        key = frozenset(id(change) for change in chosen)
+        if key not in self._tried:
+            self._tried[key] = self._trial(chosen)
+        return self._tried[key]
+
+    @property
+    def count(self) -> int:
+        """How many sets of changes were tried."""
+        return len(self._tried)
+
+    def _trial(self, changes: tuple[Change, ...]) -> Trial:
+        try:
+            spec = self.spec(changes)
+            values = self._chosen(spec, changes)
+            found = self._run(spec, values)
+        except ComposeError as error:
+            return Trial(reach=-1, first=None, worst=None, reason=error.lines[0])
+        apart = tuple(
+            difference(path, found.get(path), output, self.valid) for path, output in self._outputs.items()
+        )
+        first = first_of(apart, self.tolerance)
+        numbers = [each.relative for each in apart if each.relative is not None]
+        return Trial(
+            reach=len(apart) if first is None else apart.index(first),
+            first=first,
+            worst=max(numbers) if len(numbers) == len(apart) else None,
+        )
+
+    def _chosen(self, spec: Spec, changes: tuple[Change, ...]) -> dict[str, Tensor]:
+        """The variant's tensors: changed, else our own, else the trusted ones, where the change asks for more."""
+        changed: dict[str, Tensor] = {}
+        for change in changes:
+            changed |= change.tensors
+        found = {}
+        for name, weight in spec.plan.tensors.items():
+            offered = (changed.get(name), self.values.get(name), self.trusted_values.get(name))
+            fits = [each for each in offered if each is not None and tuple(each.shape) == weight.shape]
+            if not fits:
+                raise InputError(f"{name} {weight.shape}: neither folder has such a tensor")
+            found[name] = fits[0]
+        return found
+
+    def _run(self, spec: Spec, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        model = skeleton(spec, device=self.device)
+        fill(model, coded(model.spec, values.items()), self.device)
+        return outputs(model, self.ids, self.valid)
+
+    def _spec(self, data: Data) -> Spec:
+        return Spec(from_data(data, "the model with a change"), self.registry)
+
+    def _wide(self, model: Model) -> tuple[Data, dict[str, Tensor]]:
+        """A model's spec, written out, and its tensors, in the wide dtype where the default policy has it."""
+        data = written_out(model.spec)
+        try:
+            wide = in_dtype(model.spec, self.dtype).to_dict()
+        except InputError:
+            wide = {}  # no policy of one dtype is installed: both run as they are
+        if "precision" in wide:
+            data["precision"] = wide["precision"]
+        return data, numbers(model, DTYPES[self.dtype])
+
+
+def numbers(model: Model, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every tensor that the plan names, codes decoded, in `dtype` but where its part fixes another."""
+    state, spec = model.state_dict(), model.spec
+    found = {}
+    for name, weight in spec.plan.tensors.items():
+        parts = spec.formats.coded.get(name)
+        if parts is not None:
+            codec = str(spec.formats.tensors[name].codec)
+            found[name] = decoder(codec).decode([state[part] for part in parts], dtype)
+        else:
+            wide = state[name].is_floating_point() and weight.dtype is None
+            found[name] = state[name].to(dtype) if wide else state[name]
+    return found
