@@ -47,9 +47,7 @@ def found(reader: WeightReader, coding: Coding, stated: Stated | None = None) ->
         if spelled(info.dtype) != coding.codes:
             continue
         if len(info.shape) < 2:
-            problems.append(
-                f"{name}: is stored as {coding.codes} with shape {info.shape}; codes are matrices"
-            )
+            problems.append(f"{name}: is stored as {coding.codes} with shape {info.shape}; codes are matrices")
             continue
         parts = coding.stored(name, info.shape)
         problems += _misfits(names, coding, parts)

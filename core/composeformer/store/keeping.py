@@ -22,9 +22,7 @@ ADVICE = "decode the weights instead (weights = bfloat16 or float32)"
 PLAIN = ("float32", "bfloat16", "float16", "float64")
 
 
-def kept(
-    spec: Spec, dialect: Dialect, stated: Stated, held: Mapping[str, Held], reader: WeightReader
-) -> Spec:
+def kept(spec: Spec, dialect: Dialect, stated: Stated, held: Mapping[str, Held], reader: WeightReader) -> Spec:
     """The spec with a precision that stores each tensor as the folder does.
 
     Raises DialectError, a line for each tensor, where no precision does.
@@ -72,9 +70,7 @@ def _stored(spec: Spec, dialect: Dialect, held: Mapping[str, Held], reader: Weig
                     here.setdefault(_as_stored(codec, dtype), name)
         if len(here) > 1:
             told = " and ".join(f"{name} as {how}" for how, name in here.items())
-            problems.append(
-                f"{told}: are one tensor here, {transfer.ours.names[0]}, and can not be kept; {ADVICE}"
-            )
+            problems.append(f"{told}: are one tensor here, {transfer.ours.names[0]}, and can not be kept; {ADVICE}")
         elif here:
             found |= dict.fromkeys(transfer.ours.names, next(iter(here)))
     if problems:

@@ -50,9 +50,7 @@ def save(
 
     def work(get: Get) -> None:
         if found is None:
-            tensors: Iterable[tuple[str, Tensor]] = (
-                (name, get(name)) for name in state if name not in aliases
-            )
+            tensors: Iterable[tuple[str, Tensor]] = ((name, get(name)) for name in state if name not in aliases)
         else:
             tensors = found.write(spec, Lookup(get))
         total = len(spec.plan.tensors)
