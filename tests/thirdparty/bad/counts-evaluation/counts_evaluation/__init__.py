@@ -1,0 +1,1 @@
+"""A router that is balanced by all that passes through it."""

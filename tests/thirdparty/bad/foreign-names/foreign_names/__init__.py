@@ -1,0 +1,1 @@
+"""A family of models, whose names are paired with wrong ones of ours."""

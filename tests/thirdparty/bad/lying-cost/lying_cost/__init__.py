@@ -1,0 +1,1 @@
+"""Means over what came before, which are said to be cheaper than they are."""

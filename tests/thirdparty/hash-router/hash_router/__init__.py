@@ -1,0 +1,1 @@
+"""Hash routing: a token goes to experts that follow from its id."""

@@ -1,0 +1,1 @@
+"""Four-bit weights in groups that share a scale, trained through the rounding."""

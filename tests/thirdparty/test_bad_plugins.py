@@ -1,0 +1,90 @@
+"""Bad plugins from outside are refused, or failed by the laws, with the cause named; all else installed works."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli
+
+BAD = Path(__file__).parent / "bad"
+GOOD = {"gated-delta", "hash-router", "int4-groups"}
+# Refused before anything of them is registered, and what is said.
+REFUSED = {
+    "raises-on-import": "its import raised ModuleNotFoundError: No module named 'a_library_that_nobody_has'",
+    "misspelt-hook": "unknown hook 'compose_componets'; hooks: compose_components",
+    "wrong-range": "requires composeformer<8,>=7",
+    "half-registered": "compose_components raised OSError: the list of the other half is missing",
+    "mutable-config": "norm 'mutable': config Mutable must be frozen: decorate it with @config",
+}
+ALL = sorted(path.name for path in BAD.iterdir() if path.is_dir())
+
+
+def install(names: list[str], folder: Path) -> str:
+    """The packages as pip would lay them out, in a folder for PYTHONPATH."""
+    for name in names:
+        project = tomli.loads((BAD / name / "pyproject.toml").read_text())["project"]
+        module = name.replace("-", "_")
+        if (BAD / name / module).is_dir():
+            shutil.copytree(BAD / name / module, folder / module)
+        else:
+            shutil.copy(BAD / name / f"{module}.py", folder)
+        info = folder / f"{module}-{project['version']}.dist-info"
+        info.mkdir()
+        metadata = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {project['version']}"]
+        metadata += [f"Requires-Dist: {needed}" for needed in project["dependencies"]]
+        (info / "METADATA").write_text("\n".join(metadata) + "\n")
+        points = project["entry-points"]["composeformer"]
+        lines = [f"{point} = {target}" for point, target in points.items()]
+        (info / "entry_points.txt").write_text("\n".join(["[composeformer]", *lines]) + "\n")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where all of them are installed."""
+    return install(ALL, tmp_path_factory.mktemp("bad"))
+
+
+@pytest.fixture(scope="module")
+def listed(clean: Any, path: str) -> dict[str, Any]:
+    """What `compose plugins` says of each plugin."""
+    return {
+        each["name"]: each for each in clean.json("compose", "plugins", "--json", PYTHONPATH=path)["plugins"]
+    }
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_bad_plugin_is_refused_with_its_cause(name: str, listed: dict[str, Any]) -> None:
+    plugin = listed[name]
+    assert (plugin["distribution"], plugin["version"], plugin["status"]) == (name, "0.1.0", "failed")
+    assert REFUSED[name] in plugin["cause"]
+    assert plugin["components"] == plugin["dialects"] == []
+
+
+def test_all_others_are_loaded(listed: dict[str, Any]) -> None:
+    assert {name for name, plugin in listed.items() if plugin["status"] == "failed"} == set(REFUSED)
+    assert {name for name, plugin in listed.items() if plugin["status"] == "loaded"} > GOOD | set(ALL) - set(
+        REFUSED
+    )
+
+
+def test_of_two_parts_of_one_kind_neither_is_taken_until_one_is_chosen(
+    clean: Any, path: str, listed: dict[str, Any]
+) -> None:
+    for name in ("duplicate-kind", "dense"):
+        (conflict,) = listed[name]["conflicts"]
+        assert 'mixer.kind = "gqa": registered by plugins dense (composeformer' in conflict
+        assert "duplicate-kind (duplicate-kind 0.1.0)" in conflict
+    refused = clean.run("compose", "check", "tiny-llama", PYTHONPATH=path)
+    assert refused.returncode == 2
+    assert "--no-plugin duplicate-kind" in refused.stderr
+    chosen = clean.run("compose", "--no-plugin", "duplicate-kind", "check", "tiny-llama", PYTHONPATH=path)
+    assert chosen.returncode == 0, chosen.stderr
+
+
+def test_nothing_of_a_half_registered_plugin_can_be_had(clean: Any, path: str) -> None:
+    asked = clean.run("compose", "check", "tiny-llama", "--set", 'norm.rms.kind="half"', PYTHONPATH=path)
+    assert asked.returncode == 2
+    assert 'kind = "half": unknown norm kind' in asked.stderr
+    assert "half-registered (half-registered 0.1.0)" in asked.stderr
