@@ -28,7 +28,7 @@ from composeformer.registry import PluginInfo, Registry
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
-__all__ = ["PluginInfo", "Plugins", "configure", "current", "load_plugins"]
+__all__ = ["PluginInfo", "Plugins", "Selection", "configure", "current", "load_plugins", "selection"]
 
 logger = logging.getLogger("composeformer")
 HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("compose_"))
@@ -211,7 +211,9 @@ def _call(hooks: dict[str, pluggy.HookCaller], name: str, refusal: Any) -> tuple
 
 
 @attrs.frozen
-class _Settings:
+class Selection:
+    """Which plugins a process loads, as `configure` takes it; `allowed` None: all that are installed."""
+
     blocked: tuple[str, ...] = ()
     allowed: tuple[str, ...] | None = None
     strict: bool = False
@@ -221,7 +223,7 @@ ASKED_WHILE_LOADING = "a plugin asks for the plugins while they are being loaded
 
 _lock = RLock()
 _loading = False
-_settings = _Settings()
+_settings = Selection()
 _current: Plugins | None = None
 
 
@@ -245,8 +247,14 @@ def configure(
     """Says what `current` loads in this process from now on; `allowed` takes the place of COMPOSE_PLUGINS."""
     global _settings, _current
     with _lock:
-        _settings = _Settings(tuple(blocked), None if allowed is None else tuple(allowed), strict)
+        _settings = Selection(tuple(blocked), None if allowed is None else tuple(allowed), strict)
         _current = None
+
+
+def selection() -> Selection:
+    """What `current` loads in this process: as configured, or as COMPOSE_PLUGINS says."""
+    with _lock:
+        return attrs.evolve(_settings, allowed=_allowed())
 
 
 def current() -> Plugins:

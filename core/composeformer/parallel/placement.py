@@ -16,6 +16,7 @@ import torch
 from composeformer import lazy
 from composeformer.contracts import Linear, Weight
 from composeformer.errors import InputError, Problem, SpecError, one_of
+from composeformer.manifest import in_words
 from composeformer.parallel import world as worlds
 from composeformer.parallel.world import ALONE, World
 from composeformer.plugins import current
@@ -140,7 +141,7 @@ def several(config: object) -> bool:
 def _digest(spec: "Spec") -> dict[str, str]:
     """What processes that build one model must have in common, by name."""
     return {
-        "their plugins": "\n".join(current().manifest()),
+        "their plugins": "\n".join(map(in_words, current().manifest())),
         "the spec": spec.to_toml(),
         "the spec's fingerprint": spec.fingerprint,
     }

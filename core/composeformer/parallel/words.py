@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
 from hashlib import blake2b
 from itertools import zip_longest
 from typing import NewType
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from composeformer.errors import InputError, show
+from composeformer.manifest import cut
 
 Words = NewType("Words", Mapping[str, str])
 
@@ -23,13 +25,13 @@ def shared_words(words: Words, what: str, rank: int, size: int, device: torch.de
     dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
     if int(bounds[0]) == -int(bounds[1]):
         return
-    told: list[dict[str, str]] = [json.loads(each) for each in gathered(text, size, device)]
+    every: list[dict[str, str]] = [json.loads(each) for each in gathered(text, size, device)]
     for other in range(1, size):
-        for name in dict.fromkeys([*told[0], *told[other]]):
-            mine, theirs = told[0].get(name, ""), told[other].get(name, "")
+        for name in dict.fromkeys([*every[0], *every[other]]):
+            mine, theirs = every[0].get(name, ""), every[other].get(name, "")
             if mine != theirs:
-                differing = _pair(mine, theirs, other)
-                raise InputError(f"the processes differ in {name}, so they can not {what}: {differing}")
+                told = f"the processes differ in {name}, so they can not {what}"
+                raise InputError(*cut([f"{told}: {pair}" for pair in _pairs(mine, theirs, other)]))
 
 
 def gathered(text: str, size: int, device: torch.device) -> Sequence[str]:
@@ -65,12 +67,14 @@ def _text(message: Tensor) -> str:
     return bytes(message.tolist()).decode()
 
 
-def _pair(first: str, other: str, rank: int) -> str:
-    """Both texts in short: of several lines the first that differs."""
-    for mine, theirs in zip_longest(first.splitlines(), other.splitlines()):
-        if mine != theirs:
-            return f"process 0 has {_shown(mine)}, process {rank} {_shown(theirs)}"
-    return f"process 0 has {_shown(first)}, process {rank} {_shown(other)}"
+def _pairs(first: str, other: str, rank: int) -> list[str]:
+    """Where two texts differ: of several lines, those that one has and the other has not, or has otherwise."""
+    mine, theirs = first.splitlines(), other.splitlines()
+    pairs: list[tuple[str | None, str | None]] = []
+    for what, a, b, c, d in SequenceMatcher(None, mine, theirs, autojunk=False).get_opcodes():
+        if what != "equal":
+            pairs += zip_longest(mine[a:b], theirs[c:d])
+    return [f"process 0 has {_shown(m)}, process {rank} {_shown(t)}" for m, t in pairs or [(first, other)]]
 
 
 def _shown(line: str | None) -> str:

@@ -6,6 +6,7 @@ from composeformer.train.ledger import StepResult
 from composeformer.train.roles import MakeOptimizer, Objective, Trained
 from composeformer.train.step import train_step
 from composeformer.train.trainer import trained, trainer
+from composeformer.train.workers import WorkerDiffers, worker_init
 
 __all__ = [
     "MakeOptimizer",
@@ -14,7 +15,9 @@ __all__ = [
     "StepResult",
     "TokenBatch",
     "Trained",
+    "WorkerDiffers",
     "train_step",
     "trained",
     "trainer",
+    "worker_init",
 ]
