@@ -1,1 +1,1 @@
-"""A family of models, whose names are paired with wrong ones of ours."""
+"""Families of models, whose names are paired with wrong ones of ours."""

@@ -1,4 +1,4 @@
-"""Ships a dialect alone."""
+"""Ships dialects alone."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,4 +8,4 @@ from composeformer.hookspecs import hookimpl
 
 @hookimpl
 def compose_dialects() -> Iterable[Path]:
-    return [Path(__file__).with_name("stranger.toml")]
+    return [Path(__file__).with_name(f"{name}.toml") for name in ("astray", "stranger")]
