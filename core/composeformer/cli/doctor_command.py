@@ -81,9 +81,10 @@ def _machine() -> list[tuple[str, str, str]]:
 
 
 def _plugins() -> list[tuple[str, str, str]]:
+    from composeformer.hookspecs import API_RANGE, API_VERSION
     from composeformer.plugins import current
 
-    rows: list[tuple[str, str, str]] = []
+    rows = [("plugin API", "ok", f"{API_VERSION}: a plugin requires composeformer{API_RANGE}")]
     for info in current().infos:
         status = {"loaded": "ok", "blocked": "absent"}.get(info.status, "failed")
         detail: Any = (

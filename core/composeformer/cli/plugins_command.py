@@ -7,6 +7,7 @@ import click
 from composeformer import lazy
 from composeformer.cli.options import console, json_option, print_json
 from composeformer.errors import InputError, nearest, one_of
+from composeformer.hookspecs import API_VERSION
 
 
 @click.group(
@@ -35,7 +36,8 @@ def list_command(as_json: bool = False) -> None:
 
     plugins = current()
     if as_json:
-        print_json({"digest": plugins.digest(), "plugins": [_document(info) for info in plugins.infos]})
+        infos = [_document(info) for info in plugins.infos]
+        print_json({"api_version": API_VERSION, "digest": plugins.digest(), "plugins": infos})
         return
     from rich.markup import escape
     from rich.table import Table
