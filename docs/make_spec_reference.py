@@ -7,6 +7,7 @@ from pathlib import Path
 
 from composeformer.config import Config, describe, facts_of
 from composeformer.contracts import SINGLE, SLOTS, Component
+from composeformer.cost_config import CostConfig
 from composeformer.errors import show
 from composeformer.model_config import ModelConfig, ParallelConfig, TrainConfig
 from composeformer.plugins import current
@@ -20,6 +21,7 @@ def page() -> str:
     parts = [LANGUAGE.read_text(encoding="utf-8").rstrip(), "## Tables of the core"]
     parts += [f"### `[model]`\n\n{table(ModelConfig)}", f"### `[train]`\n\n{table(TrainConfig)}"]
     parts.append(f"### `[parallel]`\n\n{table(ParallelConfig)}")
+    parts.append(f"### `[cost]`\n\n{table(CostConfig)}")
     registry = current().registry
     for slot, meaning in SLOTS.items():
         components = [registry.get(slot, kind) for kind in sorted(registry.kinds(slot))]

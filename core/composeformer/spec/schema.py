@@ -13,6 +13,7 @@ from typing import Any
 
 from composeformer.config import LARGEST_INTEGER, LAYER, Config, FieldFacts, describe, facts_of
 from composeformer.contracts import PHASES, SINGLE, SLOTS, SUBLAYERS, Component
+from composeformer.cost_config import CostConfig
 from composeformer.model_config import ModelConfig, ParallelConfig, TrainConfig
 from composeformer.registry import Registry
 from composeformer.spec.layers import MAX_LAYERS
@@ -37,6 +38,7 @@ def schema(registry: Registry) -> Schema:
     definitions |= _config("model", ModelConfig, "What every part of a model shares.")
     definitions |= _config("train", TrainConfig, "One run's sizes.")
     definitions |= _config("parallel", ParallelConfig, "How a run is spread over processes.")
+    definitions |= _config("cost", CostConfig, "What a run is priced by.")
     definitions["layers"] = _layers()
     plain: Schema = {
         "format": {"const": 1, "description": "The format of specs that this version reads."},
@@ -51,7 +53,7 @@ def schema(registry: Registry) -> Schema:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "composeformer spec",
         "type": "object",
-        "properties": plain | {key: {} for key in ("model", "train", "parallel", *SLOTS)},
+        "properties": plain | {key: {} for key in ("model", "train", "parallel", "cost", *SLOTS)},
         "additionalProperties": False,
         "if": {"required": ["extends"]},
         "then": {"properties": _tables(".partial")},
@@ -112,7 +114,7 @@ def _strings(description: str) -> Schema:
 
 def _tables(whole: str) -> Schema:
     """The top-level tables, each in full, or `.partial`."""
-    tables: Schema = {name: _ref(f"{name}{whole}") for name in ("model", "train", "parallel")}
+    tables: Schema = {name: _ref(f"{name}{whole}") for name in ("model", "train", "parallel", "cost")}
     for slot, meaning in SLOTS.items():
         one = _ref(f"{slot}.component{whole}")
         several = {"type": "object", "additionalProperties": one}

@@ -11,6 +11,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from composeformer.contracts import RUN_SLOTS, SINGLE, SLOTS, LayerParts, Part
+from composeformer.cost_config import CostConfig
 from composeformer.errors import InputError, Problem, Source, SpecError, nearest, one_of
 from composeformer.model_config import ModelConfig, ParallelConfig, TrainConfig
 from composeformer.plan import Node, Plan, Planner
@@ -26,7 +27,7 @@ from composeformer.spec.resolve import Resolver
 from composeformer.spec.values import FORMAT, values
 
 REQUIRED_SLOTS = ("embedding", "head", "residual", "precision")
-TABLES = ("model", "train", "parallel", "layers")
+TABLES = ("model", "train", "parallel", "cost", "layers")
 SCALARS = ("format", "name", "description", "source", "unverified")
 
 
@@ -47,6 +48,7 @@ class Spec:
         model = resolver.config(ModelConfig, ("model",))
         train = resolver.config(TrainConfig, ("train",))
         parallel = resolver.config(ParallelConfig, ("parallel",))
+        cost = resolver.config(CostConfig, ("cost",))
         self.named: Mapping[str, Mapping[str, Part | None]] = resolver.named()
         self.singles: Mapping[str, Part | None] = self._singles(resolver)
         self.layers: tuple[LayerParts, ...] = tuple(layers(resolver))
@@ -55,6 +57,7 @@ class Spec:
         self.model: ModelConfig = model
         self.train: TrainConfig = train
         self.parallel: ParallelConfig = parallel
+        self.cost: CostConfig = cost
         plan = self._plan(resolver)
         if resolver.problems or plan is None:
             raise resolver.error()
@@ -204,6 +207,9 @@ class Spec:
             for problem in problems:
                 place = resolver.place(part.paths, problem.field)
                 resolver.problem(place, problem.found, problem.allowed, problem.nearest)
+        for problem in self.cost.problems():
+            path = ("cost", *(int(step) if step.isdigit() else step for step in problem.field.split(".")))
+            resolver.problem(path, problem.found, problem.allowed, problem.nearest)
         ranks = self.parallel.expert
         for role, linear in self.plan.linears.items():
             if linear.shard == "group" and linear.groups is not None and linear.groups % ranks:

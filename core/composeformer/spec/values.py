@@ -44,6 +44,7 @@ def _frame(spec: "Spec") -> Iterator[tuple[Path, object]]:
     yield from _fields(("model",), spec.model)
     yield from _fields(("train",), spec.train)
     yield from _fields(("parallel",), spec.parallel)
+    yield from _fields(("cost",), spec.cost)
     sole: dict[str, object] = {}
     for slot in SUBLAYERS:
         names = spec.named[slot]

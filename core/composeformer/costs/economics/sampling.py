@@ -1,0 +1,97 @@
+"""Ranges of a result: each assumption drawn from its own, and each moved alone.
+
+Draws are a Latin hypercube (McKay, Beckman and Conover, Technometrics 21, 239, 1979): every assumption visits each of n
+equally likely strata once, in an order of its own, which takes far fewer draws than independent ones.
+"""
+
+from collections.abc import Callable, Mapping
+from math import exp, log
+from random import Random
+from statistics import NormalDist
+
+import attrs
+
+from composeformer.costs.economics.assumptions import Assumption
+
+SAMPLES = 2000
+_Z95 = NormalDist().inv_cdf(0.95)
+# Shares lie between 0 and 1 and are drawn evenly.
+SHARES = ("utilisation", "goodput", "interconnect", "calendar", "power", "restarts", "share")
+
+Values = Mapping[str, float]
+Result = Callable[[Values], Mapping[str, float]]
+
+
+@attrs.frozen(kw_only=True)
+class Quantiles:
+    """Of a result: 5%, 50% and 95% lie below."""
+
+    p5: float
+    p50: float
+    p95: float
+
+
+@attrs.frozen(kw_only=True)
+class Swing:
+    """A result with one assumption at the ends of its range, the others at their values."""
+
+    name: str
+    low: float
+    high: float
+    at_low: float
+    at_high: float
+
+    @property
+    def size(self) -> float:
+        return abs(self.at_high - self.at_low)
+
+
+def sampled(
+    assumed: Mapping[str, Assumption], result: Result, *, samples: int = SAMPLES, seed: int = 0
+) -> dict[str, Quantiles]:
+    """The quantiles of every result, over draws of all assumptions that have a range. The same for the same seed."""
+    random = Random(seed)
+    columns = {}
+    for name, each in assumed.items():
+        if each.low is None or each.high is None:
+            continue
+        strata = [(index + random.random()) / samples for index in range(samples)]
+        random.shuffle(strata)
+        columns[name] = [_quantile(each, at) for at in strata]
+    fixed = {name: each.value for name, each in assumed.items()}
+    found: dict[str, list[float]] = {}
+    for index in range(samples):
+        values = fixed | {name: column[index] for name, column in columns.items()}
+        for name, value in result(values).items():
+            found.setdefault(name, []).append(value)
+    return {name: _quantiles(sorted(values)) for name, values in found.items()}
+
+
+def tornado(assumed: Mapping[str, Assumption], result: Callable[[Values], float]) -> list[Swing]:
+    """What each assumption's range alone makes of a result, the widest first."""
+    fixed = {name: each.value for name, each in assumed.items()}
+    swings = []
+    for name, each in assumed.items():
+        if each.low is not None and each.high is not None:
+            ends = [result(fixed | {name: end}) for end in (each.low, each.high)]
+            swings.append(Swing(name=name, low=each.low, high=each.high, at_low=ends[0], at_high=ends[1]))
+    return sorted(swings, key=lambda swing: -swing.size)
+
+
+def _quantile(of: Assumption, at: float) -> float:
+    """The value of an assumption below which it lies with probability `at`."""
+    assert of.low is not None
+    assert of.high is not None
+    if of.name in SHARES:
+        # The range holds 90%: the whole is a ninth longer, but no longer than shares can be.
+        spare = (of.high - of.low) / 18
+        return min(max(of.low - spare + at * (of.high - of.low + 2 * spare), 0.0), 1.0)
+    middle, half = (log(of.low) + log(of.high)) / 2, (log(of.high) - log(of.low)) / 2
+    return exp(middle + half * NormalDist().inv_cdf(at) / _Z95)
+
+
+def _quantiles(values: list[float]) -> Quantiles:
+    last = len(values) - 1
+    return Quantiles(
+        p5=values[round(0.05 * last)], p50=values[round(0.5 * last)], p95=values[round(0.95 * last)]
+    )
