@@ -24,6 +24,7 @@ def command(
     except ImportError:
         raise MissingExtra("hypothesis", "laws", "trying laws") from None
     from composeformer.testing.certificate import Certificate, certify
+    from composeformer.testing.foreign import DIALECT, NAMES, dialect_findings
     from composeformer.testing.law import laws_for
     from composeformer.testing.subject import subjects
 
@@ -32,9 +33,11 @@ def command(
     total = 1 if only else sum(len(laws_for(each.component)) for each in tried)
     findings = []
     with progress("laws") as advance:
-        for finding in certify(tried, examples=examples, seed=seed, only=only):
+        for finding in certify(tried, examples=examples, seed=seed, only=only) if only != NAMES else ():
             findings.append(finding)
             advance(len(findings), total)
+    if only in (None, NAMES) and slot in (None, DIALECT):
+        findings += dialect_findings(plugin)
     if not findings:
         slots = one_of(dict.fromkeys(each.slot for each in brought))
         raise InputError(f"{plugin}: no law was tried; its components are of {slots}")

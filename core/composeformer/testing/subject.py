@@ -59,13 +59,15 @@ def subjects(plugin: str | None = None, registry: Registry | None = None) -> Ite
     A plugin is named as it is listed, or by its distribution. Raises InputError for one that is not loaded.
     """
     registry = current().registry if registry is None else registry
-    for info in _infos(plugin, registry):
+    for info in plugins_named(plugin, registry):
         for component in info.components:
             for implementation in registry.get(component.slot, component.kind).implementations:
                 yield subject(component.slot, component.kind, implementation.name, registry)
 
 
-def _infos(plugin: str | None, registry: Registry) -> list[PluginInfo]:
+def plugins_named(plugin: str | None = None, registry: Registry | None = None) -> list[PluginInfo]:
+    """The plugins of that name or distribution, or all. Raises InputError for one that is not loaded."""
+    registry = current().registry if registry is None else registry
     if plugin is None:
         return [info for info in registry.infos if info.status == "loaded"]
     found = [info for info in registry.infos if plugin in (info.name, info.distribution, info.selector)]

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from composeformer.testing.certificate import examine
+from composeformer.testing.certificate import Finding, examine
+from composeformer.testing.foreign import DIALECT, dialect_findings
 from composeformer.testing.law import Law, laws_for
 from composeformer.testing.subject import Subject, subjects
 
@@ -23,7 +24,8 @@ USUAL = 100
 
 
 def laws_of(plugin: str | None = None, *, slot: str | None = None) -> Callable[..., Any]:
-    """A parametrised test of a plugin, or of all plugins; of one slot, or of all.
+    """A parametrised test of a plugin, or of all plugins; of one slot, or of all. Its dialects are tried as they are
+    collected: that takes milliseconds.
 
     Raises ComposeError for a plugin that is not loaded, or a claim that is no law.
     """
@@ -33,10 +35,16 @@ def laws_of(plugin: str | None = None, *, slot: str | None = None) -> Callable[.
         if slot in (None, tried.slot)
         for law in laws_for(tried.component)
     ]
+    if slot in (None, DIALECT):
+        cases += [pytest.param(None, each, id=f"{each.law}-{each.kind}") for each in dialect_findings(plugin)]
 
     @pytest.mark.parametrize(("law", "tried"), cases)
-    def test_laws(law: Law, tried: Subject) -> None:
-        finding = examine(law, tried, examples=examples_of(law), seed=seed())
+    def test_laws(law: Law | None, tried: Subject | Finding) -> None:
+        if isinstance(tried, Finding):
+            finding = tried
+        else:
+            assert law is not None
+            finding = examine(law, tried, examples=examples_of(law), seed=seed())
         if not finding.held:
             pytest.fail(str(finding), pytrace=False)
 

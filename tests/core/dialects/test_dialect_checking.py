@@ -14,6 +14,10 @@ from hypothesis import strategies as st
 from composeformer.dialects import codings
 from composeformer.dialects.checking import check
 from composeformer.plugins import current
+from composeformer.testing import laws_of
+from composeformer.testing.foreign import dialect_findings
+
+test_laws_of_dialects = laws_of(slot="dialect")
 
 TEXTS = {file.name: file.read_text(encoding="utf-8") for file in current().dialect_files}
 FAMILIES = {name: tomli.loads(text) for name, text in TEXTS.items() if not codings.is_coding(text)}
@@ -21,9 +25,11 @@ FAMILIES = {name: tomli.loads(text) for name, text in TEXTS.items() if not codin
 WHOLE = [name for name, text in TEXTS.items() if name in FAMILIES and not check(text, name).untried]
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_nothing_is_wrong_with_a_shipped_file(name: str) -> None:
-    assert check(TEXTS[name], name).slips == ()
+def test_a_plugins_dialects_are_among_what_is_found_of_it() -> None:
+    for info in current().infos:
+        found = {finding.kind: finding for finding in dialect_findings(info.name)}
+        assert list(found) == [file.name for file in info.dialects]
+        assert all(finding.held and finding.cases == 1 for finding in found.values())
 
 
 def test_most_families_are_tried_with_a_model() -> None:
