@@ -84,3 +84,17 @@ def compose_topologies() -> Iterable["Traversable | Path"]:
     `importlib.resources.files("package") / "name.toml"`.
     """
     return ()
+
+
+@hookspec
+def compose_hardware() -> Iterable["Traversable | Path"]:
+    """The profiles of devices that this plugin ships: peaks, memory, bandwidths and power, and sources.
+
+    When: once for each plugin, after its `compose_topologies`. The files are found, not read;
+    `composeformer.costs.hardware` reads them.
+    Order: composeformer's own plugins first, then the others by name; a name that two ship is an error for who
+    asks for it.
+    Returns: an iterable of existing `.toml` files, one for each device, as paths or as
+    `importlib.resources.files("package") / "name.toml"`.
+    """
+    return ()

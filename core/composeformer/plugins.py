@@ -35,8 +35,8 @@ HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("compose_"))
 
 
 class Plugins:
-    """One set of plugins, loaded: their components, and the files of dialects, specs and topologies they ship, in
-    order.
+    """One set of plugins, loaded: their components, and the files of dialects, specs, topologies and hardware that they
+    ship, in order.
     """
 
     def __init__(self, infos: Iterable[PluginInfo] = ()) -> None:
@@ -48,6 +48,9 @@ class Plugins:
         self.spec_files: tuple[Traversable | Path, ...] = tuple(f for info in self.infos for f in info.specs)
         self.topology_files: tuple[Traversable | Path, ...] = tuple(
             f for info in self.infos for f in info.topologies
+        )
+        self.hardware_files: tuple[Traversable | Path, ...] = tuple(
+            f for info in self.infos for f in info.hardware
         )
 
     @property
@@ -120,6 +123,7 @@ def _load(candidate: Candidate, blocked_for: str | None) -> PluginInfo:
         dialects = _call(hooks, "compose_dialects", vetting.files_refusal)
         specs = _call(hooks, "compose_specs", vetting.files_refusal)
         topologies = _call(hooks, "compose_topologies", vetting.files_refusal)
+        hardware = _call(hooks, "compose_hardware", vetting.files_refusal)
     except _Refused as refused:
         logger.debug("plugin %s", info, exc_info=refused)
         return attrs.evolve(info, cause=str(refused))
@@ -132,6 +136,7 @@ def _load(candidate: Candidate, blocked_for: str | None) -> PluginInfo:
         dialects=dialects,
         specs=specs,
         topologies=topologies,
+        hardware=hardware,
     )
 
 

@@ -38,6 +38,7 @@ class PluginInfo:
     dialects: "tuple[Traversable | Path, ...]" = ()
     specs: "tuple[Traversable | Path, ...]" = ()
     topologies: "tuple[Traversable | Path, ...]" = ()
+    hardware: "tuple[Traversable | Path, ...]" = ()
     requires: str | None = None
     conflicts: tuple[str, ...] = ()
 

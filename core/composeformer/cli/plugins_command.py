@@ -111,6 +111,7 @@ def _document(info: Any, fields: bool = False) -> dict[str, Any]:
         "dialects": [str(getattr(path, "name", path)) for path in info.dialects],
         "specs": [str(getattr(path, "name", path)) for path in info.specs],
         "topologies": [str(getattr(path, "name", path)) for path in info.topologies],
+        "hardware": [str(getattr(path, "name", path)) for path in info.hardware],
     }
 
 

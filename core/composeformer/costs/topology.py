@@ -13,29 +13,20 @@ A profile is a TOML file in which every number names its source and says whether
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import attrs
 
-from composeformer.config import Config, check, config, field
+from composeformer.config import Config, config, field
+from composeformer.costs.figures import Amount, Count, Figure, Reader
 from composeformer.costs.ledger import LINKS, Ledger, Link, Step
-from composeformer.errors import InputError, Problem, SpecError, nearest, one_of
+from composeformer.errors import InputError, SpecError, nearest, one_of
 from composeformer.plugins import current
 from composeformer.spec.document import Document, parse, read
-from composeformer.spec.scanner import dotted
 
 Shared = Literal["rank", "node"]
-
-
-@attrs.frozen(kw_only=True)
-class Figure:
-    """A number, where it is from, and whether it was read there or only recalled."""
-
-    value: float
-    source: str = ""
-    read: bool = False
 
 
 @attrs.frozen(kw_only=True)
@@ -107,20 +98,6 @@ class Topology:
 
 
 @config
-class _Figure(Config):
-    value: float = field(minimum=0.0)
-    source: str = field()
-    read: bool = field()
-
-
-@config
-class _Count(Config):
-    value: int = field(minimum=1)
-    source: str = field()
-    read: bool = field()
-
-
-@config
 class _Head(Config):
     name: str = field()
     description: str = field(default="")
@@ -153,10 +130,10 @@ def shipped() -> list[str]:
 
 def topology(document: Document) -> Topology:
     """What a document describes. Raises SpecError with every problem found."""
-    reader = _Reader(document)
+    reader = Reader(document)
     head = reader.table(_Head, (), ("ranks_per_node", "ranks", "links"))
-    per_node = reader.figure(_Count, ("ranks_per_node",))
-    ranks = reader.figure(_Count, ("ranks",)) if "ranks" in document.data else None
+    per_node = reader.figure(Count, ("ranks_per_node",))
+    ranks = reader.figure(Count, ("ranks",)) if "ranks" in document.data else None
     links: dict[Link, Connection] = {}
     stated = reader.mapping(("links",), LINKS)
     for link in LINKS if stated is not None else ():
@@ -164,8 +141,8 @@ def topology(document: Document) -> Topology:
         if reader.mapping(place) is None:
             continue
         shared = reader.table(_Link, place, ("bandwidth", "latency"))
-        bandwidth = reader.figure(_Figure, (*place, "bandwidth"))
-        latency = reader.figure(_Figure, (*place, "latency"))
+        bandwidth = reader.figure(Amount, (*place, "bandwidth"))
+        latency = reader.figure(Amount, (*place, "latency"))
         if bandwidth is not None and bandwidth.value == 0:
             reader.problem((*place, "bandwidth", "value"), bandwidth.value, "must be > 0")
         if bandwidth is not None and latency is not None and shared is not None:
@@ -181,46 +158,3 @@ def topology(document: Document) -> Topology:
         ranks=None if ranks is None else int(ranks.value),
         links=links,
     )
-
-
-class _Reader:
-    """Reads tables of a document against config classes, and gathers what is wrong."""
-
-    def __init__(self, document: Document) -> None:
-        self.document = document
-        self.problems: list[Problem] = []
-
-    def problem(self, path: Sequence[str], found: object, allowed: str, near: str | None = None) -> None:
-        source = self.document.source(tuple(path))
-        self.problems.append(Problem(dotted(tuple(path)), found, allowed, near, source))
-
-    def mapping(self, path: Sequence[str], allowed: Iterable[str] | None = None) -> dict[str, Any] | None:
-        """The table at a path, which must be there; its keys must be among those allowed."""
-        found: Any = self.document.data
-        for key in path:
-            found = found.get(key) if isinstance(found, dict) else None
-        if not isinstance(found, dict):
-            self.problem(path, found, "is required: a table")
-            return None
-        for key in found if allowed is not None else ():
-            if key not in tuple(allowed or ()):
-                told = f"unknown key; allowed: {one_of(allowed or ())}"
-                self.problem((*path, key), None, told, nearest(key, allowed or ()))
-        return found
-
-    def table(
-        self, cls: type[Config], path: Sequence[str], reserved: Iterable[str] = ()
-    ) -> dict[str, Any] | None:
-        """The values of a table, defaults filled in; None where something is wrong."""
-        found = self.mapping(path)
-        if found is None:
-            return None
-        values, problems = check(cls, found, reserved=reserved)
-        for each in problems:
-            self.problem((*path, each.field), each.found, each.allowed, each.nearest)
-        return None if problems else attrs.asdict(cls(**values))  # type: ignore[arg-type]
-
-    def figure(self, cls: type[Config], path: Sequence[str]) -> Figure | None:
-        """A number with its source."""
-        values = self.table(cls, path)
-        return None if values is None else Figure(**values)

@@ -99,6 +99,15 @@ def test_compose_topologies_are_found_in_order(site):
     assert plugins.spec_files == plugins.dialect_files == ()
 
 
+def test_compose_hardware_is_found_in_order(site):
+    for name in ("a", "b"):
+        (site.folder / f"{name}.toml").write_text("")
+    site.add("alpha", FILES.format(hook="compose_hardware"))
+    plugins = load_plugins()
+    assert [file.name for file in plugins.hardware_files] == ["b.toml", "a.toml"]
+    assert plugins.infos[0].hardware == plugins.hardware_files
+
+
 def test_compose_hooks_may_be_methods_of_an_object(site):
     module = site.add("alpha", OBJECT)
     (site.metadata / "alpha_dist-1.0.dist-info" / "entry_points.txt").write_text(

@@ -55,7 +55,8 @@ BAD: dict[str, tuple[str, str]] = {
     "misspelt": (
         hook(GOOD) + hook(GOOD, name="compose_componets"),
         "unknown hook 'compose_componets'; hooks: compose_components, compose_dialects, compose_specs, "
-        "compose_topologies; did you mean 'compose_components'?",
+        "compose_topologies, "
+        "compose_hardware; did you mean 'compose_components'?",
     ),
     "wrong_arguments": (
         f"@hookimpl\ndef compose_components(registry):\n    {GOOD}\n",
