@@ -15,7 +15,7 @@ from torch import Tensor
 from composeformer.decoder import Model
 from composeformer.errors import InputError, show
 from composeformer.spec.fingerprint import meaning
-from composeformer.store.bisecting import Explanation, explain
+from composeformer.store.bisecting import Explanation, explain, harmless
 from composeformer.store.decoding import decoder
 from composeformer.store.outputs import Difference, difference, first_of, gap, outputs, sample
 from composeformer.tensors import DTYPES
@@ -73,7 +73,7 @@ def verify(
 ) -> Verdict:
     """Compares `model` with a trusted one, on `tokens` random ids of two rows, one of them left-padded.
 
-    With `bisect`, where outputs differ, the conventions that make them differ are searched for, in float32.
+    With `bisect`, where they differ, the conventions that make outputs differ are searched for, in float32.
     Raises InputError for a length or a tolerance that compares nothing, and over several processes, of which each
     would compare its own experts alone.
     """
@@ -96,8 +96,10 @@ def verify(
         tolerance=tolerance,
         tokens=int(valid.sum()),
     )
-    if not bisect or verdict.first is None:
+    if not bisect or verdict.equal:
         return verdict
+    if verdict.first is None:
+        return attrs.evolve(verdict, explanation=harmless(verdict.outputs))
     return attrs.evolve(verdict, explanation=explain(model, against, ids, valid, tolerance))
 
 

@@ -3,6 +3,7 @@
 A difference is max|a - b| / max|b| over a tensor, b being the model that is trusted.
 """
 
+from collections.abc import Callable
 from math import inf, isfinite
 from typing import Any
 
@@ -54,8 +55,16 @@ def sample(model: Model, against: Model, tokens: int, seed: int) -> tuple[Tensor
     return ids, valid
 
 
-def outputs(model: Model, ids: Tensor, valid: Tensor) -> dict[str, Tensor]:
-    """Every part's output by path, in the order of computation, the logits last."""
+class _Enough(Exception):
+    """Ends a forward whose rest is not asked for."""
+
+
+def outputs(
+    model: Model, ids: Tensor, valid: Tensor, enough: Callable[[str, Tensor], bool] | None = None
+) -> dict[str, Tensor]:
+    """Every part's output by path, in the order of computation, the logits last; those before `enough(path, output)`
+    was true, and that one, where it ever is.
+    """
     kept: dict[str, Tensor] = {}
     hooks = []
 
@@ -64,9 +73,11 @@ def outputs(model: Model, ids: Tensor, valid: Tensor) -> dict[str, Tensor]:
             hidden = (
                 _routed(output, experts) if isinstance(output, Routing) else getattr(output, "hidden", output)
             )
-            if isinstance(hidden, Tensor):
-                # A predictor calls the embedding and the head again; the model's own call comes first.
-                kept.setdefault(path, hidden.detach().cpu())
+            # A predictor calls the embedding and the head again; the model's own call comes first.
+            if isinstance(hidden, Tensor) and path not in kept:
+                kept[path] = hidden.detach().cpu()
+                if enough is not None and path != "head" and enough(path, kept[path]):
+                    raise _Enough
 
         return hook
 
@@ -80,6 +91,8 @@ def outputs(model: Model, ids: Tensor, valid: Tensor) -> dict[str, Tensor]:
             given = ids.to(model.device), valid.to(model.device)
             predict = model.predictor is not None
             logits = model(given[0], valid=given[1], phase="train", predict=predict).logits
+    except _Enough:
+        return kept
     finally:
         for hook in hooks:
             hook.remove()

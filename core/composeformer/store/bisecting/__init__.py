@@ -12,7 +12,7 @@ component:
 the fewest that move the first differing component behind the last one, and tells them in the order in which they act.
 """
 
-from composeformer.store.bisecting.explanation import Explanation
+from composeformer.store.bisecting.explanation import Explanation, harmless
 from composeformer.store.bisecting.search import explain
 
-__all__ = ["Explanation", "explain"]
+__all__ = ["Explanation", "explain", "harmless"]

@@ -24,7 +24,7 @@ class Step:
 @attrs.frozen(kw_only=True)
 class Explanation:
     """Why outputs differ. `remaining` is the first component that differs even with all steps, None where they explain
-    everything; `worst` the largest difference of any output then. `tried` is everything that was tried, `unrelated`
+    everything; `worst` is then the largest difference of any output. `tried` is everything that was tried, `unrelated`
     the tensors that differ in no known way, `note` what else there is to say.
     """
 
@@ -51,7 +51,7 @@ class Explanation:
         with_it = _with(sum(len(step.changes) for step in self.steps))
         if self.remaining is None:
             if self.steps:
-                told.append(f"{with_it}the outputs {self._agree}")
+                told.append(f"{with_it}the outputs {agreement(self.worst)}")
             return tuple(told)
         still = "still differs" if self.steps else "differs first"
         where = f"{with_it}{self.remaining.where} {still} ({self.remaining.told})"
@@ -61,10 +61,6 @@ class Explanation:
             names = _listed(self.unrelated)
             told.append(f"no order, scale or exchange relates {names} to the trusted tensors")
         return tuple(told)
-
-    @property
-    def _agree(self) -> str:
-        return f"agree within {self.worst:.2g}" if self.worst else "are equal"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `--json`."""
@@ -78,6 +74,18 @@ class Explanation:
             "trials": self.trials,
             "told": list(self.lines),
         }
+
+
+def harmless(outputs: Sequence[Difference]) -> Explanation:
+    """What is to be said of models whose outputs all agree, but not their specs or tensors."""
+    worst = max((each.relative or 0.0 for each in outputs), default=0.0)
+    note = f"what differs changes nothing on these tokens: all outputs {agreement(worst)}"
+    return Explanation(steps=(), remaining=None, worst=worst, tried=(), note=note)
+
+
+def agreement(worst: float | None) -> str:
+    """How alike outputs are whose largest difference this is, in words."""
+    return f"agree within {worst:.2g}" if worst else "are equal"
 
 
 def _with(count: int) -> str:

@@ -59,7 +59,7 @@ def _shifted(a: Tensor, b: Tensor, shift: float, eps: float) -> bool:
 
 def permutation(a: Tensor, b: Tensor, dim: int) -> list[int] | None:
     """The order in which `a` holds the slices of `b` along `dim`: a's i-th is b's `order[i]`; None if it does not."""
-    rows, others = (x.movedim(dim, 0).flatten(1).contiguous().numpy() for x in (a, b))
+    rows, others = (x.movedim(dim, 0).reshape(x.shape[dim], -1).contiguous().numpy() for x in (a, b))
     if len(rows) < 2:
         return None
     places: dict[int, list[int]] = {}

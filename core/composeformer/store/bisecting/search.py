@@ -15,7 +15,7 @@ from torch import Tensor
 
 from composeformer.decoder import Model
 from composeformer.store.bisecting.change import Change, relevant
-from composeformer.store.bisecting.explanation import Explanation, Step
+from composeformer.store.bisecting.explanation import Explanation, Step, agreement
 from composeformer.store.bisecting.meaning import choices, differences
 from composeformer.store.bisecting.tensors import Tensors, proposals
 from composeformer.store.bisecting.trials import Bench, Trial
@@ -98,9 +98,10 @@ def _needed(bench: Bench, changes: Changes) -> Changes:
     reach = bench.run(changes).reach
     kept = changes
     for size in (1, 2):
-        if size == 2 and len(kept) > MOST_IN_PAIRS:
-            break
         for dropped in combinations(kept, size):
+            # Two fields of specs do not cancel; an order of tensors and a field that tells it do.
+            if size == 2 and (len(kept) > MOST_IN_PAIRS or all(each.source == "spec" for each in dropped)):
+                continue
             left = tuple(change for change in kept if change not in dropped)
             if len(left) == len(kept) - size and bench.run(left).reach >= reach:
                 kept = left
@@ -116,8 +117,13 @@ def _steps(bench: Bench, changes: Changes) -> Iterable[Step]:
         if before.first is None:
             return
         ahead = [change for change in left if bench.run((*done, change)).reach > before.reach]
-        # The nearest cause first: what reaches furthest may have a second cause in it.
-        chosen = [max(ahead, key=lambda change: bench.run((*done, change)).reach)] if ahead else left
+        chosen = ahead[:1]
+        if not ahead:  # several act on one component: the fewest that do together
+            chosen = list(left)
+            for change in reversed(left):
+                fewer = [each for each in chosen if each is not change]
+                if fewer and bench.run((*done, *fewer)).reach > before.reach:
+                    chosen = fewer
         yield Step(first=before.first, changes=tuple(chosen))
         done = (*done, *chosen)
         left = [change for change in left if change not in chosen]
@@ -139,6 +145,6 @@ def _rounded(bench: Bench, base: Trial, model: Model, against: Model) -> Explana
         f"{each.spec.single('precision').kind} in {each.spec.formats.activations}"
         for each in (model, against)
     )
-    agree = f"in {bench.dtype} the outputs agree within {base.worst or 0:.2g}"
+    agree = f"in {bench.dtype} the outputs {agreement(base.worst)}"
     note = f"{agree}; what differs is rounding: precision {here} here, {there} in the trusted folder"
     return Explanation(steps=(), remaining=None, worst=base.worst, tried=(), note=note, trials=bench.count)

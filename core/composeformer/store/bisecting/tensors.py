@@ -51,9 +51,8 @@ def proposals(spec: Spec, tensors: Tensors) -> tuple[list[Change], list[str]]:
     if not tensors.names:
         return [], []
     found = list(_stated(spec, tensors))
-    explained = {name for change in found for name in change.tensors}
-    left = [name for name in tensors.names if name not in explained]
-    found += _general(spec, tensors, left)
+    settled = {n for change in found for n, value in change.tensors.items() if value is tensors.theirs[n]}
+    found += _general(spec, tensors, [name for name in tensors.names if name not in settled])
     explained = {name for change in found for name in change.tensors}
     return found, [name for name in tensors.names if name not in explained]
 

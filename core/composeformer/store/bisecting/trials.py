@@ -1,11 +1,11 @@
 """Trials: the model in question with changes applied, run beside the trusted one, in full precision.
 
 Both models are taken to one wide dtype, with codes decoded, so that what a policy rounds is not taken for a
-convention. A variant is built anew from its spec; it shares every tensor that no change touches, so a trial costs a
-forward and no copy.
+convention. A variant is built anew from its spec; it shares every tensor that no change touches, and its run ends at
+the first output that differs, so a trial costs no copy and seldom a whole forward.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import attrs
@@ -26,10 +26,9 @@ from composeformer.tensors import DTYPES
 
 @attrs.frozen(kw_only=True)
 class Trial:
-    """How far a variant agrees: `reach` of the trusted model's outputs, in order, are alike; `first` is the next.
-
-    `worst` is the largest difference of any output, None where one is no number. A variant that can not be made has
-    no reach at all, and a `reason`.
+    """How far a variant agrees: `reach` of the trusted model's outputs, in order, are alike; `first` is the next,
+    where the run ended, and None where all are, `worst` then the largest difference of any. A variant that can not be
+    made has no reach at all, and a `reason`.
     """
 
     reach: int
@@ -84,20 +83,27 @@ class Bench:
     def _trial(self, changes: tuple[Change, ...]) -> Trial:
         try:
             spec = self.spec(changes)
-            values = self._chosen(spec, changes)
-            found = self._run(spec, values)
+            # Without changes all is run, so that what differs first is what a comparison says.
+            found = self._run(spec, self._chosen(spec, changes), self._differs if changes else None)
         except ComposeError as error:
             return Trial(reach=-1, first=None, worst=None, reason=error.lines[0])
         apart = tuple(
             difference(path, found.get(path), output, self.valid) for path, output in self._outputs.items()
         )
         first = first_of(apart, self.tolerance)
-        numbers = [each.relative for each in apart if each.relative is not None]
-        return Trial(
-            reach=len(apart) if first is None else apart.index(first),
-            first=first,
-            worst=max(numbers) if len(numbers) == len(apart) else None,
-        )
+        if first is None:
+            return Trial(reach=len(apart), first=None, worst=max(each.relative or 0.0 for each in apart))
+        reach = apart.index(first)
+        if changes and first.where not in found and first.where in {node.path for node in spec.plan.nodes()}:
+            # It was not reached: a variant that computes in another order ended further on.
+            last = next(reversed(found))
+            first = next(each for each in apart if each.where == last)
+        return Trial(reach=reach, first=first, worst=None)
+
+    def _differs(self, path: str, output: Tensor) -> bool:
+        """Whether this output is not the trusted one: what follows it can not tell more."""
+        trusted = self._outputs.get(path)
+        return trusted is not None and difference(path, output, trusted, self.valid).beyond(self.tolerance)
 
     def _chosen(self, spec: Spec, changes: tuple[Change, ...]) -> dict[str, Tensor]:
         """The variant's tensors: changed, else our own, else the trusted ones, where the change asks for more."""
@@ -113,10 +119,15 @@ class Bench:
             found[name] = fits[0]
         return found
 
-    def _run(self, spec: Spec, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _run(
+        self,
+        spec: Spec,
+        values: dict[str, Tensor],
+        enough: Callable[[str, Tensor], bool] | None = None,
+    ) -> dict[str, Tensor]:
         model = skeleton(spec, device=self.device)
         fill(model, coded(model.spec, values.items()), self.device)
-        return outputs(model, self.ids, self.valid)
+        return outputs(model, self.ids, self.valid, enough)
 
     def _spec(self, data: Data) -> Spec:
         return Spec(from_data(data, "the model with a change"), self.registry)
