@@ -30,6 +30,11 @@ def roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
+def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """Whichever of two dtypes rounds more."""
+    return a if roundoff(a) > roundoff(b) else b
+
+
 @attrs.frozen(kw_only=True)
 class Terms:
     """What a computation is made of: how many `terms` its sums have together, and how many `stages` round."""

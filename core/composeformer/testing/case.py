@@ -21,7 +21,7 @@ from composeformer.plan import Node
 from composeformer.spec import Spec, inherit
 from composeformer.spec.document import from_data
 from composeformer.tensors import DTYPES
-from composeformer.testing.bounds import FLOOR, Terms, gap, size, terms_of
+from composeformer.testing.bounds import FLOOR, Terms, coarser, gap, size, terms_of
 from composeformer.testing.drawing import Draw
 from composeformer.testing.frame import frames
 from composeformer.testing.law import LawBroken
@@ -282,12 +282,13 @@ class Case:
                 of_output = name == "output"
                 at_least = 0.0 if of_output else floor
                 magnified = self.condition.output if of_output else self.condition.gradients
-                self._near(
-                    found[name], each, f"{told}: {name}", max(size(each), at_least), magnified, terms, stages
-                )
+                # A parameter of a dtype that its part fixes has a gradient in it: fp32 in a model of float64.
+                dtype = self.dtype if name in ("output", "input") else coarser(found[name].dtype, self.dtype)
+                whole = max(size(each), at_least)
+                self._near(found[name], each, f"{told}: {name}", whole, magnified, terms, stages, dtype)
             return
         at = size(wanted) if scale is None else scale
-        self._near(found, wanted, told, at, self.condition.output, terms, stages)
+        self._near(found, wanted, told, at, self.condition.output, terms, stages, self.dtype)
 
     def _near(
         self,
@@ -298,11 +299,12 @@ class Case:
         magnified: float,
         terms: int,
         stages: int,
+        dtype: torch.dtype,
     ) -> None:
         if found.shape != wanted.shape:
             raise LawBroken(f"{told}: has shape {tuple(found.shape)}, must have {tuple(wanted.shape)}")
         whole = attrs.evolve(self.terms.plus(terms), stages=self.terms.stages + stages)
-        self.within(gap(found, wanted), whole.error(self.dtype) * magnified * scale, told)
+        self.within(gap(found, wanted), whole.error(dtype) * magnified * scale, told)
 
     def within(self, error: float, bound: float, told: str) -> None:
         """An error no larger than its bound; both are kept where they are the worst so far."""
