@@ -143,6 +143,13 @@ class CostConfig(Config):
         affects="execution",
         help="Fall of the compute that the same quality takes.",
     )
+    year: int | None = field(
+        None,
+        minimum=1990,
+        maximum=2100,
+        affects="execution",
+        help="When it runs; when the hardware could be bought.",
+    )
     fleet: int | None = field(
         None,
         minimum=1,

@@ -45,7 +45,9 @@ class Hardware:
 
     def figures(self) -> dict[str, Figure]:
         """Every number by name."""
-        named = {name: getattr(self, name) for name in ("memory", "bandwidth", "link", "network", "power", "node")}
+        named = {
+            name: getattr(self, name) for name in ("memory", "bandwidth", "link", "network", "power", "node")
+        }
         return {f"peak of {dtype}": figure for dtype, figure in self.peaks.items()} | named
 
 
@@ -93,7 +95,10 @@ def hardware(document: Document) -> Hardware:
         reader.problem(("peaks",), None, "is required: a table with a peak for one dtype at least")
     amounts = {name: reader.figure(Amount, (name,)) for name in AMOUNTS}
     node = reader.figure(Count, ("node",))
-    for path, figure in [*((("peaks", d), f) for d, f in peaks.items()), *(((n,), f) for n, f in amounts.items())]:
+    for path, figure in [
+        *((("peaks", d), f) for d, f in peaks.items()),
+        *(((n,), f) for n, f in amounts.items()),
+    ]:
         if figure is not None and figure.value == 0:
             reader.problem((*path, "value"), figure.value, "must be > 0")
     if reader.problems or head is None:

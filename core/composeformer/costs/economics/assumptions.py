@@ -81,7 +81,8 @@ SHIPPED: Mapping[str, tuple[float | None, float | None, str, bool]] = {
 def assumptions(spec: "Spec") -> dict[str, Assumption]:
     """Every number that a spec's price depends on, in the order of `[cost]`."""
     facts = facts_of(CostConfig)
-    stated = spec.document.data.get("cost", {})
+    data = spec.document.data.get("cost")
+    stated = data if isinstance(data, dict) else {}
     own = {each.of: each for each in spec.cost.ranges}
     found = {}
     for name in numbers():

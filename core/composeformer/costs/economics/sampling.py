@@ -13,7 +13,7 @@ import attrs
 
 from composeformer.costs.economics.assumptions import Assumption
 
-SAMPLES = 2000
+SAMPLES = 1000
 _Z95 = NormalDist().inv_cdf(0.95)
 # Shares lie between 0 and 1 and are drawn evenly.
 SHARES = ("utilisation", "goodput", "interconnect", "calendar", "power", "restarts", "share")

@@ -1,0 +1,162 @@
+"""What training a spec's model takes: hours, days, money, energy and people, from `[cost]` and a hardware profile.
+
+Three scopes, never added together: a run, the model's development, a year of the organisation. Renting and owning are
+alternatives. Utilisation counts causal attention and no predictor, of the named peak; the same hours are told in the
+other conventions beside it.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import attrs
+
+from composeformer.costs.counts import Counts, cost
+from composeformer.costs.economics import (
+    Assumption,
+    Development,
+    Fleet,
+    Quantiles,
+    Run,
+    Swing,
+    Year,
+    assumptions,
+    development,
+    fleet,
+    hours_of,
+    price,
+    sampled,
+    tokens_of,
+    tornado,
+    trend,
+)
+from composeformer.costs.hardware import Hardware, load
+from composeformer.errors import InputError
+from composeformer.spec import Spec
+
+YEARS = 4  # before and after the run's own, in a trend
+
+
+@attrs.frozen(kw_only=True)
+class Utilisation:
+    """Model FLOPs utilisation of the same hours by convention: of which peak, under which mask, with a predictor or not."""
+
+    achieved: float  # operations a second and device, causal, without a predictor
+    causal: float
+    full_mask: float
+    with_predictor: float | None
+    of_other_peaks: Mapping[str, float]
+
+
+class Pricing:
+    """The price of training one model; parts are worked out when they are first asked for.
+
+    Raises InputError where `[cost]` says neither tokens nor hours, or a peak that the hardware does not have.
+    """
+
+    def __init__(self, spec: Spec, counts: Counts | None = None) -> None:
+        self.spec = spec
+        self.config = spec.cost
+        if self.config.tokens is None and self.config.gpu_hours is None:
+            raise InputError("cost.tokens: must be stated, or cost.gpu_hours, to price a run; neither is")
+        longest = spec.model.max_position_embeddings
+        if self.config.context is not None and self.config.context > longest:
+            raise InputError(
+                f"cost.context = {self.config.context}: must be <= max_position_embeddings ({longest})"
+            )
+        self.hardware: Hardware = load(self.config.hardware)
+        self.assumptions: dict[str, Assumption] = assumptions(spec)
+        self.peak = self.hardware.peak(self.config.peak)
+        self.counts = cost(spec, context=self.config.context) if counts is None else counts
+        self.full = cost(spec, context=self.counts.flops_per_token.context, causal=False)
+        self.values = {name: each.value for name, each in self.assumptions.items()}
+
+    @property
+    def per_token(self) -> float:
+        """Training operations of a token: causal, without a predictor."""
+        return self.counts.flops_per_token.training
+
+    @cached_property
+    def tokens(self) -> float:
+        """Stated, or what the stated hours train."""
+        if self.config.tokens is not None:
+            return self.config.tokens
+        assert self.config.gpu_hours is not None
+        of = self.values
+        return tokens_of(
+            self.config.gpu_hours, self.per_token, self.peak.value, of["utilisation"], of["goodput"]
+        )
+
+    def run_under(self, of: Mapping[str, float]) -> Run:
+        """The run under other assumptions; hours that are stated stay."""
+        hours = self.config.gpu_hours
+        if hours is None:
+            hours = hours_of(self.tokens * self.per_token, self.peak.value, of["utilisation"], of["goodput"])
+        return price(
+            of,
+            pretraining_hours=hours,
+            other_hours=self.config.other_gpu_hours,
+            operations=self.tokens * self.per_token,
+            gpus=self.config.gpus,
+            tdp=self.hardware.power.value,
+        )
+
+    @cached_property
+    def run(self) -> Run:
+        return self.run_under(self.values)
+
+    @cached_property
+    def development(self) -> Development:
+        return development(self.values, self.run)
+
+    @cached_property
+    def fleet(self) -> Fleet:
+        """A year of the organisation's devices; of those that train where no fleet is stated."""
+        return fleet(self.values, self.config.fleet or self.config.gpus, self.hardware.power.value)
+
+    @cached_property
+    def utilisation(self) -> Utilisation:
+        """Of the pre-training's hours, in every convention."""
+        # The hours that were lost did not compute.
+        seconds = self.run.pretraining_hours * self.values["goodput"] * 3600.0
+        achieved = self.tokens * self.per_token / seconds
+        peak = self.peak.value
+        scale = achieved / self.per_token / peak
+        with_predictor = None
+        if self.counts.predictor:
+            with_predictor = self.counts.flops_per_token.training_with_predictor * scale
+        others = {
+            dtype: achieved / f.value for dtype, f in self.hardware.peaks.items() if dtype != self.config.peak
+        }
+        return Utilisation(
+            achieved=achieved,
+            causal=achieved / peak,
+            full_mask=self.full.flops_per_token.training * scale,
+            with_predictor=with_predictor,
+            of_other_peaks=others,
+        )
+
+    def results(self, of: Mapping[str, float]) -> dict[str, float]:
+        """What ranges are given of, in USD: by scope."""
+        run = self.run_under(of)
+        made = development(of, run)
+        year = fleet(of, self.config.fleet or self.config.gpus, self.hardware.power.value)
+        return {
+            "run, rented": made.final,
+            "development, compute": made.compute,
+            "development, people": made.people,
+            "development": made.total,
+            "organisation-year, rented": year.rented + year.people,
+        }
+
+    def ranges(self, *, seed: int = 0) -> dict[str, Quantiles]:
+        """5, 50 and 95% of every scope, over draws of all assumptions that have a range."""
+        return sampled(self.assumptions, self.results, seed=seed)
+
+    def tornado(self) -> list[Swing]:
+        """What each assumption alone makes of the development's total, the widest first."""
+        return tornado(self.assumptions, lambda of: self.results(of)["development"])
+
+    def trend(self) -> list[Year]:
+        """The run's rent in the years around its own."""
+        base = self.hardware.year if self.config.year is None else self.config.year
+        return trend(self.assumptions, self.run.rent, base, range(base - YEARS, base + YEARS + 1))
