@@ -1,21 +1,13 @@
 """Costs stated without torch are what is built, cached and counted."""
 
-from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
 
-from composeformer.assemble import build
-from composeformer.contracts import Cache
 from composeformer.costs import cost
 from composeformer.errors import InputError, PluginError
 from composeformer.spec import Spec
-from composeformer.testing.specs import specs
-
-REFERENCE = {"train": "reference", "prefill": "reference", "decode": "reference"}
 
 
 @st.composite
@@ -73,82 +65,6 @@ def test_counts_are_the_closed_form(n: dict[str, int], context: int) -> None:
     assert counts.flops_per_token.forward == 2 * (matrices + table) + core / 2
     assert counts.flops_per_token.training == 3 * counts.flops_per_token.forward
     assert cost(found, context=context, causal=False).flops_per_token.forward == 2 * (matrices + table) + core
-
-
-def plain(data: dict[str, Any]) -> dict[str, Any]:
-    """The spec in float32, its mixers without windows, computed by the reference."""
-    data = {key: value for key, value in data.items() if key != "precision"}
-    for slot in ("mixer", "ffn"):
-        for table in [data[slot]] if "kind" in data[slot] else data[slot].values():
-            table.pop("window", None)
-            table["implementation"] = REFERENCE
-
-    def entries(layers: list[Any]) -> None:
-        for entry in layers:
-            if isinstance(entry.get("mixer"), dict):
-                entry["mixer"].pop("window", None)
-            entries(entry.get("layers", []))
-
-    entries([*data["layers"], data.get("predictor", {}).get("layer", {})])
-    data["model"]["max_position_embeddings"] = 4096
-    return data
-
-
-def routed(nodes: Any) -> int:
-    """Operations of the routers, which the convention leaves out."""
-    return sum(one.flops for node in nodes if node.slot == "router" for one in node.linears.values())
-
-
-@settings(deadline=None, max_examples=40)
-@given(specs(run=False), st.integers(4, 9))  # a single token's products are no matrix products
-def test_operations_are_those_that_a_forward_counts_with_a_full_mask(
-    data: dict[str, Any], tokens: int
-) -> None:
-    """A predictor's depth k computes its layer and the head for the tokens that have k after them."""
-    model = build(Spec.from_dict(plain(data)))
-    ids = torch.zeros(2, tokens, dtype=torch.int64)
-    plan = model.spec.plan
-
-    def counted(predict: bool) -> float:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(ids, predict=predict)
-        return float(counter.get_total_flops()) / 2
-
-    main = [node for layer in plan.layers for top in layer.values() for node in top.walk()]
-    told = cost(model.spec, context=tokens, causal=False).flops_per_token.forward
-    without = counted(False)
-    assert without == tokens * (told + routed(main))
-    if plan.predictor is not None:
-        depth, wanted = plan.predictor.part.config.depth, 0.0
-        for left in range(tokens - depth, tokens):
-            flops = cost(model.spec, context=left, causal=False).flops_per_token
-            extra = (flops.training_with_predictor - flops.training) / 3 + routed(plan.predictor.walk())
-            wanted += left * extra / depth
-        assert counted(True) - without == pytest.approx(wanted, rel=1e-12)
-
-
-@settings(deadline=None, max_examples=25)
-@given(specs(), st.integers(1, 3), st.integers(1, 9))
-def test_counts_and_cache_are_those_of_what_is_built(data: dict[str, Any], rows: int, tokens: int) -> None:
-    found = Spec.from_dict(data)
-    model = build(found, device="meta")
-    counts = cost(found)
-    assert sum(parameter.numel() for parameter in model.parameters()) == counts.total + counts.predictor
-    biases = sum(
-        buffer.numel() for name, buffer in model.named_buffers() if not name.startswith("predictor.")
-    )
-    assert counts.buffers == ({"router_bias": biases} if biases else {})
-    width = model.activations.itemsize
-    cache = model.new_cache(rows, tokens)
-    windows = [
-        cost_of for layer in found.plan.layers if "mixer" in layer for cost_of in _caches(layer["mixer"])
-    ]
-    assert cache.num_bytes == rows * width * sum(one.elements(tokens) for one in windows)
-    assert counts.cache_bytes_per_token == 2 * sum(one.per_token for one in windows)
-
-
-def _caches(node: Any) -> list[Cache]:
-    return [one for one in node.part.config.cost(node.site, "decode") if isinstance(one, Cache)]
 
 
 @pytest.mark.parametrize("context", [0, -1])

@@ -1,7 +1,8 @@
-"""Hypothesis strategies of small valid specs, as plain data for `Spec.from_dict`.
+"""A hypothesis strategy of small valid specs over every slot and plugin, as plain data for `Spec.from_dict`.
 
-They vary all that the spec language can say: named components and single ones, references, refinements,
-inline tables, patterns, absent parts, a predictor's own layer. Pass tables of a new kind to see it in all these places:
+It varies all that the spec language can say: named components and single ones, references, refinements, inline tables,
+nested patterns, absent parts, a predictor's own layer, tied ends, tables of a run. What there is to choose from comes
+from the registry; a component's tables come from its own strategy or its fields (`tables`).
 
 ```python
 @given(specs(mixers=st.just({"kind": "mine", "num_heads": 2})))
@@ -9,78 +10,34 @@ def test_builds(data): build(Spec.from_dict(data), device="meta")
 ```
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hypothesis import reject
 from hypothesis import strategies as st
 
-from composeformer.testing.specs_moe import latents, mixtures, predictors, refined_mixtures, routers
+from composeformer.config import LAYER, FieldFacts, facts_of
+from composeformer.contracts import RUN_SLOTS, SINGLE, SUBLAYERS, Component
+from composeformer.errors import SpecError
+from composeformer.plugins import current
+from composeformer.precision import starred
+from composeformer.registry import Registry
+from composeformer.spec import Spec, inherit
+from composeformer.spec.document import from_data
+from composeformer.testing.tables import Table, tables
 
-Data = dict[str, Any]
-Tables = st.SearchStrategy[Data]
+Tables = st.SearchStrategy[Table]
 
-TITLES = st.text(max_size=8).filter(lambda text: bool(text.strip()) and text.isprintable())
 NAMES = st.sampled_from(["main", "local", "wide", "a b", "x.y", "é"])
-HIDDEN = 16
-
-
-def some(fields: dict[str, st.SearchStrategy[Any]]) -> Tables:
-    """Any subset of fields, each with a drawn value."""
-    return st.fixed_dictionaries({}, optional=fields)
-
-
-def floats(low: float, high: float) -> st.SearchStrategy[float]:
-    return st.floats(low, high, allow_nan=False)
-
-
-def norms() -> Tables:
-    rms = st.builds(lambda more: {"kind": "rmsnorm", **more}, some({"eps": floats(1e-8, 0.1)}))
-    layer = some({"eps": floats(1e-8, 0.1), "bias": st.booleans()})
-    return rms | st.builds(lambda more: {"kind": "layernorm", **more}, layer)
-
-
-def positions() -> Tables:
-    """Positions for heads whose width is a multiple of four."""
-    common = {
-        "theta": floats(2.0, 1e6),
-        "layout": st.sampled_from(["half-split", "interleaved"]),
-        "fraction": st.sampled_from([0.5, 1.0, 1]),
-    }
-    scaled = {"factor": floats(1.0, 64.0)}
-    original = {"original_max_position_embeddings": st.integers(64, 4096)}
-    required: dict[str, dict[str, st.SearchStrategy[Any]]] = {
-        "rope": {},
-        "linear": scaled,
-        "llama3": scaled | original,
-        "yarn": scaled | original,
-        "none": {},
-    }
-
-    def table(kind: str) -> Tables:
-        fixed = st.fixed_dictionaries({"kind": st.just(kind), **required[kind]})
-        return st.builds(lambda a, b: {**a, **b}, fixed, some(common if kind != "none" else {}))
-
-    return st.sampled_from(list(required)).flatmap(table)
-
-
-@st.composite
-def attentions(draw: st.DrawFn) -> Data:
-    """`gqa` without its parts, for any hidden size that is a multiple of 16."""
-    heads = draw(st.sampled_from([1, 2, 4]))
-    table: Data = {"kind": "gqa", "num_heads": heads}
-    kv_heads = draw(st.sampled_from([None, *(n for n in (1, 2, 4) if heads % n == 0)]))
-    head_dim = draw(st.sampled_from([None, 4, 8]))
-    table |= {} if kv_heads is None else {"num_kv_heads": kv_heads}
-    table |= {} if head_dim is None else {"head_dim": head_dim}
-    switches = {name: st.booleans() for name in ("qkv_bias", "o_bias", "sinks")}
-    return table | draw(some({**switches, "window": st.integers(1, 64), "cap": floats(1.0, 100.0)}))
-
-
-def feed_forwards() -> Tables:
-    activations = st.sampled_from(["silu", "gelu", "gelu_tanh", "relu", "relu2"])
-    more = some({"activation": activations, "gated": st.booleans(), "bias": st.booleans()})
-    return st.builds(
-        lambda size, rest: {"kind": "swiglu", "intermediate_size": size, **rest}, st.integers(1, 40), more
-    )
+TITLES = st.text(st.characters(categories=("L", "N", "P", "S")), min_size=1, max_size=8)
+# Multiples of four, as the strategies of components expect.
+WIDTHS = st.integers(2, 6).map(lambda n: 4 * n)
+STDS = st.sampled_from([0.02, 0.5, 1e-3])
+MOST_LAYERS = 6
+MOST_NESTED = 2
+DEEPEST = 3  # parts within parts within parts
+# What a model is made of beside its layers, each at most once.
+ENDS = tuple(slot for slot in SINGLE if slot not in RUN_SLOTS)
 
 
 @st.composite
@@ -90,111 +47,216 @@ def specs(
     mixers: Tables | None = None,
     ffns: Tables | None = None,
     run: bool = True,
-) -> Data:
-    """Data of a valid spec: at most 24 layers, hidden sizes 16 to 48. With `run` it may have run tables too."""
-    hidden = HIDDEN * draw(st.integers(1, 3))
-    vocab, longest = draw(st.integers(1, 64)), draw(st.integers(8, 4096))
-    model: Data = {"vocab_size": vocab, "hidden_size": hidden, "max_position_embeddings": longest}
-    model |= draw(some({"tie_embeddings": st.booleans(), "init_std": floats(1e-3, 1.0)}))
-    data: Data = {"model": model}
-    tables = {
-        "norm": _named(draw, "norm", norms()),
-        "position": _named(draw, "position", positions()),
-        "ffn": _named(draw, "ffn", feed_forwards() | mixtures() if ffns is None else ffns),
-        "mixer": _named(draw, "mixer", attentions() | latents() if mixers is None else mixers),
-    }
-    if any(table["kind"] == "moe" for table in tables["ffn"].values()):
-        tables["router"] = _named(draw, "router", routers())
-    for table in (*tables["mixer"].values(), *tables["ffn"].values()):
-        _give_parts(draw, table, tables)
-    norm = _reference(draw, tables["norm"], norms())
-    if norm is not None:
-        data["residual"] = {"kind": "pre-norm", "norm": norm}
-    for slot, named in tables.items():
-        name = next(iter(named))
-        single = len(named) == 1 and name == slot
-        data[slot] = named[name] if single else named
-    data["layers"] = _entries(draw, tables, 0)
-    if draw(st.booleans()):
-        data["predictor"] = _predictor(draw, tables)
-    data |= draw(some({"name": TITLES, "format": st.just(1), "description": st.text(max_size=8)}))
-    ends = {
-        "embedding": some({"scale": floats(0.1, 10.0)}),
-        "head": some({"scale": floats(0.1, 10.0), "cap": floats(1.0, 50.0)}),
-    }
-    kinds = {"embedding": "token", "head": "linear"}
-    for slot, fields in ends.items():
-        if draw(st.booleans()):
-            data[slot] = {"kind": kinds[slot], **draw(fields)}
+    registry: Registry | None = None,
+    preferred: Sequence[Component] = (),
+    stds: st.SearchStrategy[float] = STDS,
+) -> Table:
+    """Data of a valid spec of at most six layers, 8 to 24 features wide. With `run` it may have tables of a run too.
+
+    `preferred` components are chosen where they can be, three times in four.
+    """
+    writer = _Writer(draw, current().registry if registry is None else registry, preferred)
+    writer.given |= {slot: each for slot, each in (("mixer", mixers), ("ffn", ffns)) if each is not None}
+    data = writer.data(stds)
+    spec = _repaired(data, writer)
+    if spec is None:
+        reject()
     if run and draw(st.booleans()):
-        data["precision"] = draw(st.sampled_from([{"kind": "bf16"}, {"kind": "full", "dtype": "bfloat16"}]))
-        data["train"] = draw(some({"steps": st.integers(1, 9), "learning_rate": floats(0, 1)}))
+        data |= writer.run(spec)
+        if _read(data, writer.registry) is None:
+            for slot in (*RUN_SLOTS, "parallel"):
+                data.pop(slot, None)
     return data
 
 
-def _named(draw: st.DrawFn, slot: str, tables: Tables) -> dict[str, Data]:
-    """One component named like its slot or otherwise, or several."""
-    names = draw(st.just([slot]) | st.lists(NAMES, min_size=1, max_size=2, unique=True))
-    return {name: dict(draw(tables)) for name in names}
+def _read(data: Mapping[str, Any], registry: Registry) -> Spec | None:
+    """The spec of these data, or None where they are of none."""
+    try:
+        return Spec(inherit.resolve(from_data(data, "drawn"), None), registry)
+    except SpecError:
+        return None
 
 
-def _reference(draw: st.DrawFn, named: dict[str, Data], tables: Tables) -> Any:
-    """A name, a refinement, an inline table, or nothing where the only component is meant."""
-    name = draw(st.sampled_from(list(named)))
-    ways: list[Any] = [name, {"use": name}, draw(tables)]
-    ways += [None] if len(named) == 1 else []
-    return draw(st.sampled_from(ways))
+def _repaired(data: Table, writer: "_Writer") -> Spec | None:
+    """The spec of the data. What a refinement says may not fit what it refines: then it is left out."""
+    found = _read(data, writer.registry)
+    if found is None and writer.refinements:
+        for each in writer.refinements:
+            for key in [key for key in each if key != "use"]:
+                del each[key]
+        found = _read(data, writer.registry)
+    return found
 
 
-# The fields of built-in kinds that take parts: the slot of each, and whether it may be left out.
-PARTS: dict[str, dict[str, tuple[str, bool]]] = {
-    "gqa": {"position": ("position", False), "qk_norm": ("norm", True)},
-    "mla": {"position": ("position", False), "norm": ("norm", False)},
-    "moe": {"router": ("router", False)},
-    "mtp": {"norm": ("norm", False)},
-}
+class _Writer:
+    """Draws one spec. `named` gets the components of a slot when the first of them is referred to."""
 
+    def __init__(self, draw: st.DrawFn, registry: Registry, preferred: Sequence[Component]) -> None:
+        self.draw = draw
+        self.registry = registry
+        self.pool = tuple(registry)
+        self.preferred = preferred
+        self.given: dict[str, Tables] = {}
+        self.named: dict[str, dict[str, Table]] = {}
+        self.refinements: list[Table] = []
 
-def _give_parts(draw: st.DrawFn, table: Data, tables: dict[str, dict[str, Data]]) -> None:
-    inline = {"position": positions, "norm": norms, "router": routers}
-    for field, (slot, optional) in PARTS.get(table["kind"], {}).items():
-        if optional and draw(st.booleans()):
-            continue
-        found = _reference(draw, tables[slot], inline[slot]())
-        table |= {} if found is None else {field: found}
+    def data(self, stds: st.SearchStrategy[float]) -> Table:
+        """All but the tables of a run."""
+        draw = self.draw
+        sizes = {
+            "vocab_size": draw(st.integers(1, 40)),
+            "hidden_size": draw(WIDTHS),
+            "max_position_embeddings": draw(st.sampled_from([64, 16, 4096]) | st.integers(12, 4096)),
+        }
+        more = {"tie_embeddings": st.booleans(), "init_std": stds}
+        data: Table = {"model": {**sizes, **draw(st.fixed_dictionaries({}, optional=more))}}
+        layers = self.entries(0)
+        if count(layers) > MOST_LAYERS:
+            without_repeats(layers)
+        for slot in ENDS:
+            if not self.offered(slot):
+                continue
+            # What says nothing of its own is the default.
+            default = self.registry.default(slot)
+            if (default is None or slot == "predictor") and draw(st.booleans()):
+                continue
+            table = self.whole(slot)
+            plain = default is not None and table == {"kind": default.kind}
+            if not (plain and draw(st.booleans())):
+                data[slot] = table
+        for slot, named in self.named.items():
+            data[slot] = named[slot] if list(named) == [slot] else named
+        texts = {"name": TITLES, "format": st.just(1), "description": st.text(max_size=8)}
+        return {**data, "layers": layers, **draw(st.fixed_dictionaries({}, optional=texts))}
 
+    def run(self, spec: Spec) -> Table:
+        """Tables of a run: some of them."""
+        draw = self.draw
+        found: Table = {}
+        for slot in RUN_SLOTS:
+            if self.offered(slot) and draw(st.booleans()):
+                found[slot] = self.whole(slot)
+        if "precision" in found and draw(st.booleans()):
+            linears = spec.plan.linears
+            plain = [name for name in spec.plan.tensors if name.rpartition(".")[0] not in linears]
+            roles = sorted({starred(name) for name in (*linears, *plain)})
+            rule = {"roles": draw(st.sampled_from(["*", *roles])), "format": self.kind("precision").kind}
+            found["precision"]["rules"] = [rule]
+        rates = st.sampled_from([0.01, 0.0])
+        train = {"steps": st.integers(1, 9), "learning_rate": rates, "clip_norm": st.sampled_from([1.0, 0.1])}
+        parallel = {"shard": st.booleans(), "expert": st.sampled_from([1, 2])}
+        for name, fields in (("train", train), ("parallel", parallel)):
+            if draw(st.booleans()):
+                found[name] = draw(st.fixed_dictionaries({}, optional=fields))
+        return found
 
-def _predictor(draw: st.DrawFn, tables: dict[str, dict[str, Data]]) -> Data:
-    table = dict(draw(predictors()))
-    _give_parts(draw, table, tables)
-    if draw(st.booleans()):
-        table["layer"] = _layer(draw, tables)
-    return table
+    # Components
 
+    def offered(self, slot: str) -> list[Component]:
+        return [each for each in self.pool if each.slot == slot]
 
-def _entries(draw: st.DrawFn, tables: dict[str, dict[str, Data]], depth: int) -> list[Data]:
-    entries: list[Data] = []
-    for _ in range(draw(st.integers(1, 2))):
-        entry: Data = draw(some({"repeat": st.integers(1, 2)}))
-        if depth < 2 and draw(st.booleans()):
-            entries.append({**entry, "layers": _entries(draw, tables, depth + 1)})
+    def kind(self, slot: str) -> Component:
+        """A component of the slot."""
+        offered = self.offered(slot)
+        near = [each for each in self.preferred if each.slot == slot and each in offered]
+        if near and self.draw(st.integers(0, 3)):
+            offered = near
+        return self.draw(st.sampled_from(offered))
+
+    def whole(self, slot: str, depth: int = 0) -> Table:
+        """A table of a component, with what its fields take."""
+        if slot in self.given:
+            table = dict(self.draw(self.given[slot]))
+            component = self.registry.get(slot, table["kind"])
         else:
-            entries.append({**entry, **_layer(draw, tables)})
-    return entries
+            component = self.kind(slot)
+            table = dict(self.draw(tables(component)))
+        for name, fact in facts_of(component.config).items():
+            if fact.slot is None or fact.by_kind or name in table:
+                continue
+            if not self.left_out(fact, depth):
+                found = self.layer() if fact.slot == LAYER else self.reference(fact.slot, depth + 1)
+                table |= {} if found is None else {name: found}
+        if self.draw(st.integers(0, 7)) == 0:
+            table["implementation"] = "reference"
+        return table
+
+    def left_out(self, fact: FieldFacts, depth: int) -> bool:
+        return fact.optional and (depth >= DEEPEST or not self._has(fact) or self.draw(st.booleans()))
+
+    def _has(self, fact: FieldFacts) -> bool:
+        return fact.slot == LAYER or bool(self.offered(str(fact.slot)))
+
+    def names(self, slot: str) -> list[str]:
+        """The names of a slot's components: one like the slot or otherwise, or several."""
+        if slot not in self.named:
+            several = st.lists(NAMES, min_size=1, max_size=2, unique=True)
+            names: list[str] = self.draw(st.just([slot]) | several)
+            self.named[slot] = {name: {} for name in names}
+            for name in names:
+                self.named[slot][name] = self.whole(slot)
+        return list(self.named[slot])
+
+    def reference(self, slot: str, depth: int = 0) -> Any:
+        """A name, a refinement, an inline table, or None where the only component is meant."""
+        names = self.names(slot)
+        name = self.draw(st.sampled_from(names))
+        table = self.named[slot][name]
+        # A component that is being drawn can not take itself.
+        ways = ["inline"] if not table else ["name", "use", "refined", "inline"]
+        if not table or depth >= DEEPEST:
+            ways = [way for way in ways if way != "refined"]
+        if table and len(names) == 1:
+            ways.append("default")
+        way = self.draw(st.sampled_from(ways))
+        if way == "inline":
+            return self.whole(slot, depth)
+        if way == "refined":
+            return self.refined(slot, name, table)
+        return {"name": name, "use": {"use": name}, "default": None}[way]
+
+    def refined(self, slot: str, name: str, table: Table) -> Table:
+        """A reference with some values of its own."""
+        component = self.registry.get(slot, table["kind"])
+        drawn = self.draw(self.given.get(slot, tables(component)))
+        facts = facts_of(component.config)
+        fields = [key for key in drawn if key in facts and facts[key].slot is None]
+        if drawn["kind"] != table["kind"] or not fields:
+            return {"use": name}
+        kept = self.draw(st.lists(st.sampled_from(fields), min_size=1, max_size=2, unique=True))
+        found: Table = {"use": name} | {key: drawn[key] for key in kept}
+        self.refinements.append(found)
+        return found
+
+    # Layers
+
+    def entries(self, depth: int) -> list[Table]:
+        found: list[Table] = []
+        for _ in range(self.draw(st.integers(1, 2))):
+            entry = self.draw(st.fixed_dictionaries({}, optional={"repeat": st.integers(1, 2)}))
+            nested = depth < MOST_NESTED and not self.draw(st.integers(0, 3))
+            found.append({**entry, **({"layers": self.entries(depth + 1)} if nested else self.layer())})
+        return found
+
+    def layer(self) -> Table:
+        """What a layer has, one of which may be none or be left out."""
+        without = self.draw(st.sampled_from([None, None, None, *SUBLAYERS]))
+        found: Table = {}
+        for slot in SUBLAYERS:
+            part = False if slot == without else self.reference(slot)
+            found |= {} if part is None else {slot: part}
+        return found
 
 
-def _layer(draw: st.DrawFn, tables: dict[str, dict[str, Data]]) -> Data:
-    """A layer's mixer and ffn, one of which may be none or be left out."""
-    layer: Data = {}
-    without = draw(st.sampled_from([None, None, "mixer", "ffn"]))
-    for slot in ("mixer", "ffn"):
-        named = tables[slot]
-        name = draw(st.sampled_from(list(named)))
-        ways: list[Any] = [name, {"use": name}, *([None] if len(named) == 1 else [])]
-        if named[name]["kind"] in ("gqa", "mla"):
-            ways.append({"use": name, "window": draw(st.integers(1, 64))})
-        if named[name]["kind"] == "moe":
-            ways.append(draw(refined_mixtures(name)))
-        found = False if slot == without else draw(st.sampled_from(ways))
-        layer |= {} if found is None else {slot: found}
-    return layer
+def count(entries: Sequence[Table]) -> int:
+    """How many layers these are."""
+    return sum(
+        entry.get("repeat", 1) * (count(entry["layers"]) if "layers" in entry else 1) for entry in entries
+    )
+
+
+def without_repeats(entries: Sequence[Table]) -> None:
+    """Each layer once."""
+    for entry in entries:
+        entry.pop("repeat", None)
+        without_repeats(entry.get("layers", ()))
