@@ -31,7 +31,7 @@ def explain(model: Model, against: Model, ids: Tensor, valid: Tensor, tolerance:
     bench = Bench(model, against, ids, valid, tolerance)
     base = bench.run(())
     if base.first is None:
-        return _rounded(bench, base, model, against)
+        return _alike(bench, base, model, against)
     stated = relevant(differences(bench.data, bench.trusted, bench.registry), base.first.where)
     eps = max(torch.finfo(each.activations).eps for each in (model, against))
     tensors = Tensors(bench.values, bench.trusted_values, eps)
@@ -139,12 +139,16 @@ def _depth(bench: Bench) -> str:
     return "" if ours == theirs else f"{ours} layers here, {theirs} in the trusted folder"
 
 
-def _rounded(bench: Bench, base: Trial, model: Model, against: Model) -> Explanation:
-    """Where both agree in full precision, the cause is how they are computed."""
-    here, there = (
-        f"{each.spec.single('precision').kind} in {each.spec.formats.activations}"
-        for each in (model, against)
-    )
+def _alike(bench: Bench, base: Trial, model: Model, against: Model) -> Explanation:
+    """Where both compute the same in full precision: by other numbers on the way, or with other rounding."""
     agree = f"in {bench.dtype} the outputs {agreement(base.worst)}"
-    note = f"{agree}; what differs is rounding: precision {here} here, {there} in the trusted folder"
+    if base.inner:
+        first = base.inner[0]
+        note = f"{first.where} differs ({first.told}), but what it is in does not: {agree}"
+    else:
+        here, there = (
+            f"{each.spec.single('precision').kind} in {each.spec.formats.activations}"
+            for each in (model, against)
+        )
+        note = f"{agree}; what differs is rounding: precision {here} here, {there} in the trusted folder"
     return Explanation(steps=(), remaining=None, worst=base.worst, tried=(), note=note, trials=bench.count)

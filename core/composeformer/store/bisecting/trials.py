@@ -2,10 +2,10 @@
 
 Both models are taken to one wide dtype, with codes decoded, so that what a policy rounds is not taken for a
 convention. A variant is built anew from its spec; it shares every tensor that no change touches, and its run ends at
-the first output that differs, so a trial costs no copy and seldom a whole forward.
+the first component that differs, so a trial costs no copy and seldom a whole forward.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import attrs
@@ -26,14 +26,16 @@ from composeformer.tensors import DTYPES
 
 @attrs.frozen(kw_only=True)
 class Trial:
-    """How far a variant agrees: `reach` of the trusted model's outputs, in order, are alike; `first` is the next,
-    where the run ended, and None where all are, `worst` then the largest difference of any. A variant that can not be
-    made has no reach at all, and a `reason`.
+    """How far a variant agrees: `reach` of the trusted model's outputs, in order, are alike; `first` is the next, and
+    None where all are, `worst` then the largest difference of any. `inner` differ, but what they are in agrees: there
+    features have another order, say, which is nobody's business. A variant that can not be made has no reach at all,
+    and a `reason`.
     """
 
     reach: int
     first: Difference | None
     worst: float | None
+    inner: tuple[Difference, ...] = ()
     reason: str = ""
 
     @property
@@ -90,20 +92,25 @@ class Bench:
         apart = tuple(
             difference(path, found.get(path), output, self.valid) for path, output in self._outputs.items()
         )
-        first = first_of(apart, self.tolerance)
+        agree = {each.where for each in apart if not each.beyond(self.tolerance)}
+        inner = tuple(each for each in apart if each.where not in agree and _within(each.where, agree))
+        first = first_of(tuple(each for each in apart if each not in inner), self.tolerance)
         if first is None:
-            return Trial(reach=len(apart), first=None, worst=max(each.relative or 0.0 for each in apart))
+            worst = max(each.relative or 0.0 for each in apart if each not in inner)
+            return Trial(reach=len(apart), first=None, worst=worst, inner=inner)
         reach = apart.index(first)
         if changes and first.where not in found and first.where in {node.path for node in spec.plan.nodes()}:
             # It was not reached: a variant that computes in another order ended further on.
             last = next(reversed(found))
             first = next(each for each in apart if each.where == last)
-        return Trial(reach=reach, first=first, worst=None)
+        return Trial(reach=reach, first=first, worst=None, inner=inner)
 
     def _differs(self, path: str, output: Tensor) -> bool:
-        """Whether this output is not the trusted one: what follows it can not tell more."""
+        """Whether this output is in no other and not the trusted one: what follows it can not tell more."""
         trusted = self._outputs.get(path)
-        return trusted is not None and difference(path, output, trusted, self.valid).beyond(self.tolerance)
+        if trusted is None or _within(path, self._outputs):
+            return False
+        return difference(path, output, trusted, self.valid).beyond(self.tolerance)
 
     def _chosen(self, spec: Spec, changes: tuple[Change, ...]) -> dict[str, Tensor]:
         """The variant's tensors: changed, else our own, else the trusted ones, where the change asks for more."""
@@ -142,6 +149,12 @@ class Bench:
         if "precision" in wide:
             data["precision"] = wide["precision"]
         return data, numbers(model, DTYPES[self.dtype])
+
+
+def _within(path: str, paths: Container[str]) -> bool:
+    """Whether a component is in one of these."""
+    steps = path.split(".")
+    return any(".".join(steps[:count]) in paths for count in range(1, len(steps)))
 
 
 def numbers(model: Model, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -86,7 +86,8 @@ def written(family: str, root: Path) -> Path:
     import transformers
 
     if family == MTP:
-        model = cf.build(Spec.load("tiny-deepseek-v3").with_({"model.vocab_size": 67}))
+        layers = [{"mixer": "mla", "ffn": "dense"}, {"mixer": "mla", "ffn": "experts"}]
+        model = cf.build(Spec.load("tiny-deepseek-v3").with_({"model.vocab_size": 67}, layers=layers))
         randomised(model.state_dict())
         save(model, root / "ours")
         cf.export_model(root / "ours", root / "theirs")

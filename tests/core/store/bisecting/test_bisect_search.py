@@ -103,7 +103,7 @@ def names_of(explanation: Any) -> list[str]:
     return [change.name for step in explanation.steps for change in step.changes]
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(names=st.sets(st.sampled_from(sorted(LLAMA)), min_size=2, max_size=5))
 def test_any_mistakes_together_are_found_and_no_others(lab: Any, names: set[str]) -> None:
     found = lab.verdict("llama", *plant(sorted(names), LLAMA)).explanation
@@ -111,7 +111,7 @@ def test_any_mistakes_together_are_found_and_no_others(lab: Any, names: set[str]
     assert sorted(names_of(found)) == sorted(names)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(names=st.sets(st.sampled_from(sorted(DEEPSEEK)), min_size=2, max_size=5))
 def test_any_mistakes_of_deepseek_together_are_found_and_no_others(lab: Any, names: set[str]) -> None:
     found = lab.verdict("deepseek_v3+mtp", *plant(sorted(names), DEEPSEEK)).explanation
