@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from composeformer.cost_config import CostConfig, numbers
-from composeformer.costs.economics import Assumption, assumptions, hours_of, sampled, tokens_of, tornado, trend
+from composeformer.costs.economics import (
+    Assumption,
+    assumptions,
+    hours_of,
+    sampled,
+    tokens_of,
+    tornado,
+    trend,
+)
 from composeformer.costs.economics.assumptions import SHIPPED
 from composeformer.costs.pricing import Pricing
 from composeformer.errors import InputError, SpecError
@@ -36,7 +44,12 @@ def test_hours_that_tokens_take_train_those_tokens_at_that_utilisation(
     tokens: float, utilisation: float, goodput: float
 ) -> None:
     by_tokens = priced(tokens=tokens, utilisation=utilisation, goodput=goodput)
-    table = {"gpu_hours": by_tokens.run.pretraining_hours, "utilisation": utilisation, "goodput": goodput, "gpus": 8}
+    table = {
+        "gpu_hours": by_tokens.run.pretraining_hours,
+        "utilisation": utilisation,
+        "goodput": goodput,
+        "gpus": 8,
+    }
     by_hours = Pricing(Spec.load("tiny-llama").with_(cost=table))
     assert by_hours.tokens == pytest.approx(tokens, rel=1e-12)
     assert by_hours.run.rent == pytest.approx(by_tokens.run.rent, rel=1e-12)
@@ -77,16 +90,16 @@ def test_a_number_that_is_stated_has_the_spec_as_its_source_and_no_range() -> No
 
 def assumed(name: str, low: float, high: float) -> Assumption:
     middle = exp((log(low) + log(high)) / 2)
-    return Assumption(
-        name=name, value=middle, unit="", help="", source="here", read=True, low=low, high=high
-    )
+    return Assumption(name=name, value=middle, unit="", help="", source="here", read=True, low=low, high=high)
 
 
 @given(st.floats(0.1, 10.0), st.floats(1.01, 10.0), st.integers(0, 99))
 def test_a_range_holds_nine_tenths_of_the_draws(low: float, ratio: float, seed: int) -> None:
     """One assumption alone: strata are equally likely, so quantiles are its own within one stratum."""
     high = low * ratio
-    found = sampled({"rate": assumed("rate", low, high)}, lambda of: {"it": of["rate"]}, samples=1000, seed=seed)["it"]
+    found = sampled(
+        {"rate": assumed("rate", low, high)}, lambda of: {"it": of["rate"]}, samples=1000, seed=seed
+    )["it"]
     step = ratio**0.005
     assert low / step <= found.p5 <= low * step
     assert high / step <= found.p95 <= high * step
@@ -128,9 +141,15 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "negative tokens": (["cost.tokens=-1"], "cost.tokens = -1: must be > 0"),
     "more than all of the peak": (["cost.utilisation=1.1"], "cost.utilisation = 1.1: must be <= 1"),
     "a peak that there is not": (["cost.peak=fp4"], "cost.peak = fp4: hardware h100 has no peak of it"),
-    "a context beyond the model's": (["cost.context=1000000"], "cost.context = 1000000: must be <= max_position"),
+    "a context beyond the model's": (
+        ["cost.context=1000000"],
+        "cost.context = 1000000: must be <= max_position",
+    ),
     "a range of nothing": (['cost.ranges=[{of="rat", low=1, high=2}]'], "did you mean 'rate'"),
-    "a range upside down": (['cost.ranges=[{of="rate", low=2, high=1}]'], "ranges.0.low = 2.0: must be > 0 and <= high"),
+    "a range upside down": (
+        ['cost.ranges=[{of="rate", low=2, high=1}]'],
+        "ranges.0.low = 2.0: must be > 0 and <= high",
+    ),
     "shares beyond one": (["cost.calendar=0"], "cost.calendar = 0: must be > 0"),
 }
 
