@@ -17,7 +17,7 @@ from composeformer.spec import Spec
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from deepseek_v3_figures import (  # noqa: E402
+from deepseek_v3_figures import (
     DEVICES,
     FACTS,
     INPUTS,
@@ -169,13 +169,14 @@ def scopes() -> str:
     line = straight_rate(run.values, run.hardware.power.value)
     lines += [
         f"- Rented: {money(run.run.rent)}. Owned instead, losing value as compute becomes cheaper: "
-        f"${run.run.owned_rate:.2f} an hour, {money(run.run.owned)}; along a straight line over four years: ${line:.2f}, {money(run.run.straight)}.",
+        f"${run.run.owned_rate:.2f} an hour, {money(run.run.owned)}; along a "
+        f"straight line over four years: ${line:.2f}, {money(run.run.straight)}.",
         f"- Energy at the facility: {run.run.energy / 1e6:.2f} GWh, {money(run.run.energy_cost)}, "
         f"{100 * run.run.energy_cost / run.run.rent:.1f}% of the rent.",
         f"- {run.run.days:.1f} days on 2,048 devices.",
         f"- Utilisation: {told.causal:.2%} causal, {told.full_mask:.2%} with a full mask, {told.with_predictor:.2%} "
         f"with the predictor; {told.of_other_peaks['float8_e4m3fn']:.2%} of the FP8 peak.",
-        f"- A year of 20,000 such devices: {money(year.rented)} rented, or {money(year.devices_price)} to buy them alone.",
+        f"- A year of 20,000 such devices: {money(year.rented)} rented; {money(year.devices_price)} buy them alone.",
     ]
     return "\n".join(lines)
 
@@ -205,8 +206,8 @@ figures that were published; a test holds it to both. `compose cost deepseek-v3`
 source of every assumption.
 
 Definitions: operations count two for a multiply and an add, matrix products only, causal attention as half of the
-square, training as three forwards; routers, norms, the input embedding and the predictor are left out unless it is said.
-Utilisation is of the named peak."""
+square, training as three forwards; routers, norms, the input embedding and the predictor are left out unless it is
+said. Utilisation is of the named peak."""
 NOT_MATCHED = """## Not matched, and not to be
 
 The dense rows of arXiv 2505.09343, table 2, do not follow from the definition that gives its other rows to within 0.1%.
