@@ -38,7 +38,9 @@ YEARS = 4  # before and after the run's own, in a trend
 
 @attrs.frozen(kw_only=True)
 class Utilisation:
-    """Model FLOPs utilisation of the same hours by convention: of which peak, under which mask, with a predictor or not."""
+    """Model FLOPs utilisation of the same hours by convention: of which peak, under which mask, with a predictor or
+    without.
+    """
 
     achieved: float  # operations a second and device, causal, without a predictor
     causal: float

@@ -1,0 +1,191 @@
+"""Floating-point operations by component, and what decoding reads for them, as functions of the context.
+
+Operations are those of one token, two for a multiply and an add, matrix products only. In training and prefill a token
+of a sequence of S sees S / 2 others on the mean, or S under a full mask; in decoding it sees all S that are cached. A
+router's map is told apart: the published convention leaves it out.
+
+Bytes are as the precision policy says, or two an element where a spec states none.
+
+Decoding a token reads every weight that it passes through and everything that is cached; a batch of B sequences reads
+weights once, of experts those that any of B tokens chose, on the mean under even routing. The ratio of operations to
+bytes, beside that of a device's peak to its bandwidth, says which of the two bounds it.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import attrs
+
+from composeformer.config import Config
+from composeformer.contracts import Cache, Core, Phase, Uses
+from composeformer.costs.counts import stated
+from composeformer.errors import InputError
+from composeformer.formats import BITS
+from composeformer.plan import Node
+from composeformer.spec import Spec
+
+
+@attrs.frozen(kw_only=True)
+class Work:
+    """Operations of one token in one component: in its linear maps, and between activations."""
+
+    linear: float
+    core: float
+
+    @property
+    def total(self) -> float:
+        return self.linear + self.core
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(linear=self.linear + other.linear, core=self.core + other.core)
+
+
+UNSTATED = 2.0  # bytes of an element where no precision is stated
+
+NOTHING = Work(linear=0.0, core=0.0)
+
+
+@attrs.frozen(kw_only=True)
+class Decoding:
+    """One token of each of `batch` sequences: operations, and bytes of weights and cache that they read together."""
+
+    context: int
+    batch: int
+    operations: float
+    weight_bytes: float
+    cache_bytes: float
+
+    @property
+    def intensity(self) -> float:
+        """Operations a byte."""
+        return self.operations / (self.weight_bytes + self.cache_bytes)
+
+
+def component(node: Node) -> str:
+    """What a node is told as: its slot and kind."""
+    return f"{node.slot} {node.part.kind}"
+
+
+def forward(
+    spec: Spec, *, context: int, causal: bool = True, predictor: bool = False, routers: bool = False
+) -> dict[str, Work]:
+    """Operations of a forward pass for one token, by component; `predictor` adds its own and those of what it runs again."""
+    _positive(context=context)
+    found: dict[str, Work] = defaultdict(lambda: NOTHING)
+    for node in _nodes(spec, predictor):
+        work = _work(node, context, causal, "train", routers)
+        if work.total or node.linears:
+            found[component(node)] += work
+    for use, node in _again(spec) if predictor else ():
+        once = _work(node, context, causal, "train", routers)
+        found[component(node)] += Work(linear=use.times * once.linear, core=use.times * once.core)
+    return dict(found)
+
+
+def total(found: Mapping[str, Work]) -> float:
+    """Operations of all components."""
+    return sum(work.total for work in found.values())
+
+
+def decode(spec: Spec, *, context: int, batch: int = 1) -> Decoding:
+    """Decoding one more token of each of `batch` sequences of `context` cached tokens, without a predictor."""
+    _positive(context=context, batch=batch)
+    operations = weights = cached = 0.0
+    width = activation_bytes(spec)
+    for node in _nodes(spec, False):
+        costs = stated(node, "decode")
+        operations += sum(linear.flops for linear in node.linears.values())
+        operations += sum(
+            c.constant + c.per_key * _reach(context, c.window) for c in costs if isinstance(c, Core)
+        )
+        cached += width * sum(c.elements(context) for c in costs if isinstance(c, Cache))
+        # A row of the embedding's table is all that a token reads of it.
+        weights += 0.0 if node.slot == "embedding" else _read(node, spec, batch)
+    return Decoding(
+        context=context,
+        batch=batch,
+        operations=batch * operations,
+        weight_bytes=weights,
+        cache_bytes=batch * cached,
+    )
+
+
+def attention_intensity(spec: Spec) -> dict[str, float]:
+    """Operations a byte of what each sort of mixer does with its cache in decoding, for one more cached token."""
+    width = activation_bytes(spec)
+    found = {}
+    for node in _nodes(spec, False):
+        costs = stated(node, "decode") if node.slot == "mixer" else []
+        bytes_ = width * sum(c.per_token for c in costs if isinstance(c, Cache))
+        if bytes_:
+            found[component(node)] = sum(c.per_key for c in costs if isinstance(c, Core)) / bytes_
+    return found
+
+
+def activation_bytes(spec: Spec) -> float:
+    """Bytes of an element of the residual stream, and of caches."""
+    return BITS[spec.formats.activations] / 8 if "precision" in spec.document.data else UNSTATED
+
+
+def unknown(spec: Spec) -> tuple[str, ...]:
+    """Components whose costs nobody states: mixers that say nothing of products, caches or anything else."""
+    silent = {
+        component(node)
+        for node in spec.plan.nodes()
+        if node.slot == "mixer" and type(node.part.config).cost is Config.cost
+    }
+    return tuple(sorted(silent))
+
+
+def _nodes(spec: Spec, predictor: bool) -> Iterable[Node]:
+    plan = spec.plan
+    own = set(plan.predictor.walk()) if plan.predictor is not None else set()
+    return (node for node in plan.nodes() if predictor or node not in own)
+
+
+def _again(spec: Spec) -> Iterable[tuple[Uses, Node]]:
+    """What a predictor runs again, of the model's ends."""
+    plan = spec.plan
+    ends = {"embedding": plan.embedding, "head": plan.head}
+    for node in plan.predictor.walk() if plan.predictor is not None else ():
+        for use in stated(node, "train"):
+            if isinstance(use, Uses):
+                yield from ((use, below) for below in ends[use.slot].walk())
+
+
+def _work(node: Node, context: int, causal: bool, phase: Phase, routers: bool) -> Work:
+    counted = routers or node.slot != "router"
+    linear = float(sum(each.flops for each in node.linears.values())) if counted else 0.0
+    cores = (c for c in stated(node, phase) if isinstance(c, Core))
+    return Work(linear=linear, core=float(sum(c.flops(context, causal) for c in cores)))
+
+
+def _read(node: Node, spec: Spec, batch: int) -> float:
+    """Bytes of a node's own weights that a batch of tokens reads."""
+    formats = spec.formats
+    own = "precision" in spec.document.data
+    bytes_ = 0.0
+    shares = {}
+    for name, linear in node.linears.items():
+        if linear.groups is not None:
+            chosen = linear.active_groups / linear.groups
+            shares[name] = 1.0 - (1.0 - chosen) ** batch
+    for full, weight in node.tensors():
+        target = weight.same_as or full
+        name = weight.name.rpartition(".")[0]
+        size = formats.tensors[target].bits / 8 if own else UNSTATED
+        bytes_ += weight.elements * size * shares.get(name, 1.0)
+    return bytes_
+
+
+def _reach(context: int, window: int | None) -> int:
+    return context if window is None else min(context, window)
+
+
+def _positive(**counts: int) -> None:
+    for name, found in counts.items():
+        if found < 1:
+            raise InputError(f"{name} = {found}: must be >= 1")
+
+
+__all__ = ["Decoding", "Work", "attention_intensity", "decode", "forward", "total", "unknown"]
