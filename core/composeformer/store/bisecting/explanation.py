@@ -25,7 +25,8 @@ class Step:
 class Explanation:
     """Why outputs differ. `remaining` is the first component that differs even with all steps, None where they explain
     everything; `worst` is then the largest difference of any output. `tried` is everything that was tried, `unrelated`
-    the tensors that differ in no known way, `note` what else there is to say.
+    the tensors that differ in no known way, `borrowed` those that the steps ask for and only the trusted folder has,
+    `note` what else there is to say.
     """
 
     steps: tuple[Step, ...]
@@ -33,6 +34,7 @@ class Explanation:
     worst: float | None
     tried: tuple[str, ...]
     unrelated: tuple[str, ...] = ()
+    borrowed: tuple[str, ...] = ()
     note: str = ""
     trials: int = 0
 
@@ -49,6 +51,8 @@ class Explanation:
             changes = "; and ".join(f"{change.told} ({change.places})" for change in step.changes)
             told.append(f"{lead}{step.first.where} differs first ({step.first.told}); explained by {changes}")
         with_it = _with(sum(len(step.changes) for step in self.steps))
+        if self.borrowed:
+            with_it += f"and what only the trusted folder has ({_listed(self.borrowed, 3)}) "
         if self.remaining is None:
             if self.steps:
                 told.append(f"{with_it}the outputs {agreement(self.worst)}")
@@ -71,6 +75,7 @@ class Explanation:
             "worst": self.worst,
             "tried": list(self.tried),
             "unrelated_tensors": list(self.unrelated),
+            "borrowed_tensors": list(self.borrowed),
             "trials": self.trials,
             "told": list(self.lines),
         }

@@ -83,8 +83,8 @@ def differences(ours: Data, theirs: Data, registry: Registry) -> list[Change]:
             Change(
                 source="spec",
                 name=name,
-                here=words(x, y, registry),
-                there=words(y, x, registry),
+                here=words(x, y),
+                there=words(y, x),
                 where=tuple(dict.fromkeys(dotted(steps[:-1] or steps) for steps, _, _ in leaves)),
                 edits=tuple((steps, y) for steps, _, y in leaves),
             )
@@ -200,18 +200,20 @@ def _copied(value: Any) -> Any:
     return [_copied(each) for each in value] if isinstance(value, list) else value
 
 
-def words(value: Any, other: Any, registry: Registry) -> str:
-    """A value beside the one that stands in its place, as a user would say it."""
+def words(value: Any, other: Any) -> str:
+    """A value beside the one that stands in its place, as a user would say it; of two parts what they do not share."""
     if value is None or (value is False and isinstance(other, dict)):
         return "none"
     if not isinstance(value, dict):
         return show(value)
     if "kind" not in value:
-        return show(" and ".join(words(each, None, registry) for each in value.values()))
-    plainly = {
-        key: each for key, each in value.items() if key != "kind" and not isinstance(each, dict | list)
-    }
-    stated = ", ".join(f"{key} = {show(each)}" for key, each in plainly.items())
+        return show(" and ".join(words(each, None) for each in value.values()))
+    shared = other if isinstance(other, dict) else {}
+    stated = ", ".join(
+        f"{key} = {show(each)}"
+        for key, each in value.items()
+        if key != "kind" and not isinstance(each, dict | list) and shared.get(key) != each
+    )
     return f"{value['kind']} ({stated})" if stated else str(value["kind"])
 
 

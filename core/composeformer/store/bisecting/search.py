@@ -46,6 +46,7 @@ def explain(model: Model, against: Model, ids: Tensor, valid: Tensor, tolerance:
         worst=found.worst,
         tried=tuple(_told(bench, change) for change in tried if change not in needed),
         unrelated=tuple(unrelated) if found.first is not None else (),
+        borrowed=found.borrowed,
         note=_depth(bench),
         trials=bench.count,
     )

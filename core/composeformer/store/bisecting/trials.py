@@ -28,14 +28,15 @@ from composeformer.tensors import DTYPES
 class Trial:
     """How far a variant agrees: `reach` of the trusted model's outputs, in order, are alike; `first` is the next, and
     None where all are, `worst` then the largest difference of any. `inner` differ, but what they are in agrees: there
-    features have another order, say, which is nobody's business. A variant that can not be made has no reach at all,
-    and a `reason`.
+    features have another order, say, which is nobody's business. `borrowed` are tensors that the variant needs and
+    only the trusted model has. A variant that can not be made has no reach at all, and a `reason`.
     """
 
     reach: int
     first: Difference | None
     worst: float | None
     inner: tuple[Difference, ...] = ()
+    borrowed: tuple[str, ...] = ()
     reason: str = ""
 
     @property
@@ -86,7 +87,8 @@ class Bench:
         try:
             spec = self.spec(changes)
             # Without changes all is run, so that what differs first is what a comparison says.
-            found = self._run(spec, self._chosen(spec, changes), self._differs if changes else None)
+            values, borrowed = self._chosen(spec, changes)
+            found = self._run(spec, values, self._differs if changes else None)
         except ComposeError as error:
             return Trial(reach=-1, first=None, worst=None, reason=error.lines[0])
         apart = tuple(
@@ -97,13 +99,13 @@ class Bench:
         first = first_of(tuple(each for each in apart if each not in inner), self.tolerance)
         if first is None:
             worst = max(each.relative or 0.0 for each in apart if each not in inner)
-            return Trial(reach=len(apart), first=None, worst=worst, inner=inner)
+            return Trial(reach=len(apart), first=None, worst=worst, inner=inner, borrowed=borrowed)
         reach = apart.index(first)
         if changes and first.where not in found and first.where in {node.path for node in spec.plan.nodes()}:
             # It was not reached: a variant that computes in another order ended further on.
             last = next(reversed(found))
             first = next(each for each in apart if each.where == last)
-        return Trial(reach=reach, first=first, worst=None, inner=inner)
+        return Trial(reach=reach, first=first, worst=None, inner=inner, borrowed=borrowed)
 
     def _differs(self, path: str, output: Tensor) -> bool:
         """Whether this output is in no other and not the trusted one: what follows it can not tell more."""
@@ -112,19 +114,25 @@ class Bench:
             return False
         return difference(path, output, trusted, self.valid).beyond(self.tolerance)
 
-    def _chosen(self, spec: Spec, changes: tuple[Change, ...]) -> dict[str, Tensor]:
-        """The variant's tensors: changed, else our own, else the trusted ones, where the change asks for more."""
+    def _chosen(self, spec: Spec, changes: tuple[Change, ...]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """The variant's tensors: changed, else our own, else the trusted ones, where a change asks for more; and the
+        names of these.
+        """
         changed: dict[str, Tensor] = {}
         for change in changes:
             changed |= change.tensors
-        found = {}
+        found: dict[str, Tensor] = {}
+        borrowed = []
         for name, weight in spec.plan.tensors.items():
-            offered = (changed.get(name), self.values.get(name), self.trusted_values.get(name))
-            fits = [each for each in offered if each is not None and tuple(each.shape) == weight.shape]
-            if not fits:
+            for source in (changed, self.values, self.trusted_values):
+                if name in source and tuple(source[name].shape) == weight.shape:
+                    found[name] = source[name]
+                    if source is self.trusted_values:
+                        borrowed.append(name)
+                    break
+            else:
                 raise InputError(f"{name} {weight.shape}: neither folder has such a tensor")
-            found[name] = fits[0]
-        return found
+        return found, tuple(borrowed)
 
     def _run(
         self,
