@@ -13,6 +13,9 @@ from composeformer_dense.configs.position import LinearRope, Llama3Rope, NoPosit
 from composeformer_dense.configs.precision import BF16, Full
 from composeformer_dense.configs.residual import PreNorm
 
+# Of everything that turns pairs of features; an extension says besides what it divides.
+ROTARY = ("relative", "scores", "rotation", "geometric", "amplitude")
+
 
 def reference(module: str) -> tuple[Implementation, ...]:
     return (Implementation("reference", f"composeformer_dense.{module}"),)
@@ -28,6 +31,7 @@ COMPONENTS = (
             *reference("attention:Attention"),
         ),
         summary="grouped-query attention: multi-head, multi-query and all between",
+        claims=("sees", "window", "set", "relative", "averages", "cap", "sinks"),
         strategy="composeformer_dense.testing:attentions",
     ),
     Component(
@@ -37,6 +41,7 @@ COMPONENTS = (
         reference("ffn:FeedForward"),
         summary="gated or plain feed-forward network",
         strategy="composeformer_dense.testing:feed_forwards",
+        claims=("derivative",),
     ),
     Component(
         "norm",
@@ -44,6 +49,7 @@ COMPONENTS = (
         RMSNorm,
         reference("norms:RMSNorm"),
         summary="divides by the root mean square",
+        claims=("scale", "unit", "gain"),
         strategy="composeformer_dense.testing:rms_norms",
     ),
     Component(
@@ -52,6 +58,7 @@ COMPONENTS = (
         LayerNorm,
         reference("norms:LayerNorm"),
         summary="mean 0 and variance 1",
+        claims=("scale", "shift", "unit", "gain"),
         strategy="composeformer_dense.testing:layer_norms",
     ),
     Component(
@@ -60,6 +67,7 @@ COMPONENTS = (
         Rope,
         reference("rotary:Rope"),
         summary="rotary positions",
+        claims=ROTARY,
         strategy="composeformer_dense.testing:ropes",
     ),
     Component(
@@ -68,6 +76,7 @@ COMPONENTS = (
         LinearRope,
         reference("rotary:LinearRope"),
         summary="rope, positions divided",
+        claims=(*ROTARY, "interpolated"),
         strategy="composeformer_dense.testing:linear_ropes",
     ),
     Component(
@@ -76,6 +85,7 @@ COMPONENTS = (
         Llama3Rope,
         reference("rotary:Llama3Rope"),
         summary="rope, stretched as in Llama 3.1",
+        claims=(*ROTARY, "by-wavelength"),
         strategy="composeformer_dense.testing:llama3_ropes",
     ),
     Component(
@@ -84,6 +94,7 @@ COMPONENTS = (
         YarnRope,
         reference("rotary:YarnRope"),
         summary="rope, stretched by parts",
+        claims=(*ROTARY, "by-parts"),
         strategy="composeformer_dense.testing:yarn_ropes",
     ),
     Component("position", "none", NoPosition, reference("rotary:NoPosition"), summary="no positions"),
@@ -121,9 +132,15 @@ COMPONENTS = (
         reference("precision:FullPolicy"),
         summary="one dtype for everything",
         default=True,
+        claims=("rows-alone", "powers-of-two"),
     ),
     Component(
-        "precision", "bf16", BF16, reference("precision:BF16Policy"), summary="linear maps in bfloat16"
+        "precision",
+        "bf16",
+        BF16,
+        reference("precision:BF16Policy"),
+        summary="linear maps in bfloat16",
+        claims=("rows-alone", "powers-of-two"),
     ),
 )
 

@@ -10,6 +10,18 @@ Tables = st.SearchStrategy[Table]
 LAYOUTS = st.sampled_from(["half-split", "interleaved"])
 THETAS = st.sampled_from([10000.0, 100.0, 2.0, 1e6])
 FACTORS = st.sampled_from([1.0, 2.0, 4.0, 40.0]) | st.floats(1.0, 64.0)
+# Contexts that a model was trained for, from those that few pairs turn in once.
+ORIGINALS = st.integers(8, 4096)
+# What scales YaRN's tables: the factor, DeepSeek's ratio of two, one of the two, a number.
+SCALES: list[Table] = [
+    {},
+    {"mscale": 1.0, "mscale_all_dim": 0.5},
+    {"mscale": 0.707, "mscale_all_dim": 0.707},
+    {"mscale": 0.707},
+    {"mscale": 0.707, "mscale_all_dim": 0.0},
+    {"attention_factor": 1.25},
+    {"attention_factor": 0.8, "mscale": 1.0, "mscale_all_dim": 0.5},
+]
 EPSILONS = st.sampled_from([1e-6, 1e-5, 1e-8, 0.1])
 # Fractions of a width that is a multiple of four which leave an even number of features to rotate.
 FRACTIONS = st.sampled_from([1.0, 0.5])
@@ -65,14 +77,28 @@ def linear_ropes() -> Tables:
     return _positions("linear", factor=FACTORS)
 
 
-def llama3_ropes() -> Tables:
+@st.composite
+def llama3_ropes(draw: st.DrawFn) -> Table:
     """`llama3`."""
-    return _positions("llama3", factor=FACTORS, original_max_position_embeddings=st.integers(8, 4096))
+    table = draw(_positions("llama3", factor=FACTORS, original_max_position_embeddings=ORIGINALS))
+    low = draw(st.sampled_from([0.5, 1.0, 2.0]))
+    bands = {"low_freq_factor": low, "high_freq_factor": low * draw(st.sampled_from([1.5, 4.0, 8.0]))}
+    return table | draw(st.sampled_from([{}, bands]))
 
 
-def yarn_ropes() -> Tables:
+@st.composite
+def yarn_ropes(draw: st.DrawFn) -> Table:
     """`yarn`."""
-    return _positions("yarn", factor=FACTORS, original_max_position_embeddings=st.integers(8, 4096))
+    table = draw(_positions("yarn", factor=FACTORS, original_max_position_embeddings=ORIGINALS))
+    slow = draw(st.sampled_from([0.5, 1.0, 2.0]))
+    betas = {"beta_slow": slow, "beta_fast": slow * draw(st.sampled_from([1.0, 4.0, 32.0]))}
+    rounded: list[Table] = [{}, {"truncate": False}]
+    return (
+        table
+        | draw(st.sampled_from([{}, betas]))
+        | draw(st.sampled_from(SCALES))
+        | draw(st.sampled_from(rounded))
+    )
 
 
 def embeddings() -> Tables:
