@@ -7,25 +7,66 @@ import click
 from composeformer.cli.options import SPEC, SPEC_HELP, big, console, json_option, print_json, set_option
 
 
-@click.command("cost", help=f"Parameters, cache and floating-point operations. {SPEC_HELP}")
+@click.command("cost", help=f"What a spec is, needs and costs, every number with its definition. {SPEC_HELP}")
 @click.argument("spec", type=SPEC)
 @set_option
 @click.option(
     "--context",
     type=click.IntRange(min=1),
-    help="Sequence length for FLOPs; 4096 or the model's longest by default.",
+    help="Sequence length for FLOPs; that of [cost], 4096 or the model's longest by default.",
 )
+@click.option("--markdown", "as_markdown", is_flag=True, help="A Markdown document on stdout.")
 @json_option
-def command(spec: str, settings: tuple[str, ...], context: int | None, as_json: bool) -> None:
-    from composeformer.costs import checkpoint, cost
+def command(
+    spec: str, settings: tuple[str, ...], context: int | None, as_markdown: bool, as_json: bool
+) -> None:
+    from composeformer.costs.printing import document, markdown
+    from composeformer.costs.report import Report
     from composeformer.spec import Spec
 
-    loaded = Spec.load(spec, settings)
-    counts, folder = cost(loaded, context=context), checkpoint(loaded)
+    if as_json and as_markdown:
+        raise click.UsageError("--json and --markdown are two documents; choose one")
+    report = Report(Spec.load(spec, settings), context=context)
     if as_json:
-        print_json({**counts.to_dict(), "checkpoint": folder.to_dict()})
+        print_json(document(report))
+    elif as_markdown:
+        click.echo(markdown(report), nl=False)
     else:
-        console().print(cost_table(counts, folder))
+        _print(report)
+
+
+def _print(report: Any) -> None:
+    """Every section as a table, then ranges and what the price depends on most."""
+    from rich.table import Table
+
+    from composeformer.costs.printing import money, shown, told
+
+    # What is wrong is told before anything is printed.
+    sections, screen = report.sections, console()
+    screen.print(cost_table(report.counts, report.folder))
+    # What the first table has already is not told again.
+    for title, section in list(sections.items())[2:]:
+        table = Table(title=title, title_justify="left", show_header=False)
+        table.add_column(style="bold")
+        table.add_column(justify="right")
+        table.add_column(style="dim", overflow="fold")
+        for name, quantity in section.items():
+            table.add_row(name, shown(quantity), told(quantity))
+        screen.print(table)
+    if not report.is_priced:
+        told_how = "to price a run, state cost.tokens: --set cost.tokens=1e12, or a [cost] table"
+        screen.print(told_how, markup=False, style="dim")
+        return
+    table = Table("scope", "5%", "50%", "95%", title="ranges, never added together", title_justify="left")
+    for name, found in report.pricing.ranges().items():
+        table.add_row(name, money(found.p5), money(found.p50), money(found.p95))
+    screen.print(table)
+    table = Table("assumption", "90% lie in", "development", title="what it depends on most", title_justify="left")
+    for swing in report.pricing.tornado()[:6]:
+        ends = f"{money(swing.at_low)} to {money(swing.at_high)}"
+        table.add_row(swing.name, f"{swing.low:g} to {swing.high:g}", ends)
+    screen.print(table)
+    screen.print("all assumptions with their sources: --markdown or --json", markup=False, style="dim")
 
 
 def cost_table(counts: Any, folder: Any = None) -> Any:

@@ -69,7 +69,7 @@ def component(node: Node) -> str:
 def forward(
     spec: Spec, *, context: int, causal: bool = True, predictor: bool = False, routers: bool = False
 ) -> dict[str, Work]:
-    """Operations of a forward pass for one token, by component; `predictor` adds its own and those of what it runs again."""
+    """Operations of a forward pass for one token, by component; `predictor` adds its own, and what it runs again."""
     _positive(context=context)
     found: dict[str, Work] = defaultdict(lambda: NOTHING)
     for node in _nodes(spec, predictor):

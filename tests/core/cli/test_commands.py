@@ -162,7 +162,7 @@ def test_internal_error_is_one_line_and_exit_70(compose: Any, monkeypatch: pytes
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a bug\nof ours")
 
-    monkeypatch.setattr("composeformer.costs.cost", fail)
+    monkeypatch.setattr("composeformer.costs.report.cost", fail)
     code, out, err = compose("cost", "tiny-llama")
     assert (code, out) == (70, "")
     assert err.strip() == "compose: internal error: RuntimeError: a bug of ours (--debug shows the traceback)"
@@ -172,7 +172,7 @@ def test_interrupt_is_exit_130(compose: Any, monkeypatch: pytest.MonkeyPatch) ->
     def interrupt(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("composeformer.costs.cost", interrupt)
+    monkeypatch.setattr("composeformer.costs.report.cost", interrupt)
     assert compose("cost", "tiny-llama")[0] == 130
 
 

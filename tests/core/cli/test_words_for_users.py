@@ -120,15 +120,15 @@ def test_json_is_one_document_whatever_a_plugin_prints(command: list[str], tmp_p
 def test_what_is_printed_while_json_is_made_goes_to_stderr(
     compose: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from composeformer import costs
+    from composeformer.costs import report
 
-    cost = costs.cost
+    cost = report.cost
 
     def noisy(*arguments: Any, **more: Any) -> Any:
         print("a hook says hello")
         return cost(*arguments, **more)
 
-    monkeypatch.setattr(costs, "cost", noisy)
+    monkeypatch.setattr(report, "cost", noisy)
     _, out, err = compose("cost", "tiny-llama", "--json")
     assert json.loads(out)["name"] == "tiny-llama"
     assert "hello" in err

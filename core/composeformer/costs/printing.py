@@ -1,0 +1,117 @@
+"""Numbers in words and tables: how a quantity is written, and a report as Markdown and as plain data."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from composeformer.costs.economics import Quantiles
+from composeformer.costs.quantities import Quantity, Section
+from composeformer.costs.report import Report
+
+_LETTERS = (
+    (1e24, "Y"),
+    (1e21, "Z"),
+    (1e18, "E"),
+    (1e15, "P"),
+    (1e12, "T"),
+    (1e9, "G"),
+    (1e6, "M"),
+    (1e3, "k"),
+)
+_MONEY = ((1e9, "B"), (1e6, "M"), (1e3, "K"))
+
+
+def shown(quantity: Quantity) -> str:
+    """A value with its unit: `671,026,404,352`, `249.8 GFLOP`, `$5.58M`, `38.94%`."""
+    value, unit = quantity.value, quantity.unit
+    if value is None:
+        return "unknown"
+    if unit == "USD":
+        return money(value)
+    if unit == "":
+        return f"{value:.2%}"
+    if unit == "FLOP":
+        return scaled(value, "FLOP")
+    if unit in ("parameters", "elements", "tensors"):
+        return f"{value:,.0f}"
+    if unit == "bytes":
+        return f"{value:,.0f} B" if value < 1e4 else f"{value:,.0f} B ({scaled(value, 'B')})"
+    text = f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    return f"{text} {unit}"
+
+
+def scaled(value: float, unit: str) -> str:
+    """Four digits and a decimal prefix."""
+    for bound, letter in _LETTERS:
+        if abs(value) >= bound:
+            return f"{value / bound:.4g} {letter}{unit}"
+    return f"{value:.4g} {unit}"
+
+
+def money(value: float) -> str:
+    for bound, letter in _MONEY:
+        if abs(value) >= bound:
+            return f"${value / bound:.2f}{letter}"
+    return f"${value:.2f}"
+
+
+def told(quantity: Quantity) -> str:
+    """The definition, and the source where one is told; what was not confirmed says so."""
+    parts = [quantity.definition, f"source: {quantity.source}" if quantity.source else ""]
+    parts += [] if quantity.confirmed else ["unconfirmed"]
+    return "; ".join(part for part in parts if part)
+
+
+def markdown(report: Report) -> str:
+    """The report as a Markdown document."""
+    parts = [f"# {report.spec.name}: cost", f"Fingerprint `{report.spec.fingerprint}`."]
+    for title, section in report.sections.items():
+        parts.append(f"## {title[:1].upper()}{title[1:]}\n\n{_section(section)}")
+    if report.is_priced:
+        parts.append("## Ranges\n\n" + _ranges(report.pricing.ranges()))
+        parts.append("## Assumptions\n\n" + _assumptions(report))
+    return "\n\n".join(parts) + "\n"
+
+
+def document(report: Report, *, ranges: bool = True) -> dict[str, Any]:
+    """The report as plain data for `--json`: the counts as they have always been, and every section."""
+    found: dict[str, Any] = {**report.counts.to_dict(), "checkpoint": report.folder.to_dict()}
+    found["sections"] = {
+        title: {name: each.to_dict() for name, each in section.items()}
+        for title, section in report.sections.items()
+    }
+    if report.is_priced:
+        found["assumptions"] = {name: attrs.asdict(each) for name, each in report.assumptions.items()}
+        if ranges:
+            found["ranges"] = {name: attrs.asdict(each) for name, each in report.pricing.ranges().items()}
+            found["tornado"] = [attrs.asdict(swing) for swing in report.pricing.tornado()]
+            found["trend"] = [attrs.asdict(year) for year in report.pricing.trend()]
+    return found
+
+
+def _section(section: Section) -> str:
+    return _table(
+        ("", "value", "what it is"), ((name, shown(each), told(each)) for name, each in section.items())
+    )
+
+
+def _ranges(found: Mapping[str, Quantiles]) -> str:
+    rows = ((name, money(each.p5), money(each.p50), money(each.p95)) for name, each in found.items())
+    return _table(("scope", "5%", "50%", "95%"), rows)
+
+
+def _assumptions(report: Report) -> str:
+    rows = []
+    for name, each in report.assumptions.items():
+        held = "exact" if each.low is None or each.high is None else f"{each.low:g} to {each.high:g}"
+        source = each.source if each.read else f"{each.source}; unconfirmed"
+        rows.append((name, f"{each.value:g} {each.unit}".strip(), held, each.help, source))
+    return _table(("number", "value", "90% lie in", "what it is", "source"), rows)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return "\n".join(
+        [*lines, *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)]
+    )

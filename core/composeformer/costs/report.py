@@ -1,0 +1,232 @@
+"""All that is told of a spec's cost, section by section: each number with its unit, its definition and its source.
+
+Every way of printing (a terminal, JSON, Markdown, a page) reads these sections; none computes.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+
+from composeformer.costs import compute
+from composeformer.costs.counts import Counts, cost
+from composeformer.costs.economics import Assumption
+from composeformer.costs.folders import Checkpoint, checkpoint
+from composeformer.costs.pricing import Pricing
+from composeformer.costs.quantities import Quantity, Section
+from composeformer.spec import Spec
+
+# Lengths that operations are told at, as far as the model goes.
+CONTEXTS = (4096, 32768, 131072)
+BATCHES = (1, 64)
+
+
+class Report:
+    """The cost of one spec. Raises ComposeError where `[cost]` can not be."""
+
+    def __init__(self, spec: Spec, *, context: int | None = None) -> None:
+        self.spec = spec
+        self.counts: Counts = cost(spec, context=context if context is not None else spec.cost.context)
+        self.context = self.counts.flops_per_token.context
+
+    @property
+    def is_priced(self) -> bool:
+        """Whether the spec says what is trained."""
+        return self.spec.cost.tokens is not None or self.spec.cost.gpu_hours is not None
+
+    @cached_property
+    def pricing(self) -> Pricing:
+        return Pricing(self.spec, self.counts if self.spec.cost.context in (None, self.context) else None)
+
+    @cached_property
+    def folder(self) -> Checkpoint:
+        return checkpoint(self.spec)
+
+    @cached_property
+    def sections(self) -> dict[str, Section]:
+        """Every section by its title, in order."""
+        found: dict[str, Section] = {
+            "parameters": self._parameters(),
+            "folder": self._folder(),
+            "operations of a token": self._operations(),
+            "decoding": self._decoding(),
+        }
+        if self.is_priced:
+            found |= {
+                "run": self._run(),
+                "utilisation": self._utilisation(),
+                "development": self._development(),
+                "organisation-year": self._year(),
+            }
+        return found
+
+    @property
+    def assumptions(self) -> Mapping[str, Assumption]:
+        """What the price depends on; empty where there is none."""
+        return self.pricing.assumptions if self.is_priced else {}
+
+    def _parameters(self) -> Section:
+        counts = self.counts
+        tied = "a tied matrix once; buffers and the predictor apart"
+        found = {"total": _count(counts.total, "parameters", tied)}
+        for slot, number in counts.by_slot.items():
+            found[f"of {slot}"] = _count(number, "parameters", "part of the total")
+        active = counts.active
+        through = "that a token passes through"
+        found["active, with both embeddings"] = _count(active.with_embeddings, "parameters", through)
+        found["active, without the input embedding"] = _count(
+            active.without_input_embedding, "parameters", through
+        )
+        found["active, without embeddings"] = _count(active.without_embeddings, "parameters", through)
+        if counts.predictor:
+            found["predictor"] = _count(counts.predictor, "parameters", "its own, beside the total")
+        for name, number in counts.buffers.items():
+            found[f"buffer {name}"] = _count(number, "elements", "saved and not trained")
+        found["cache of a token"] = _count(
+            counts.cache_bytes_per_token, "bytes", "two bytes an element, before any window is full"
+        )
+        at = f"one sequence of {self.context:,} tokens; windows hold their width"
+        found["cache of a sequence"] = _count(counts.cache_bytes_at_context, "bytes", at)
+        return found
+
+    def _folder(self) -> Section:
+        folder = self.folder
+        names = "its own names" if folder.dialect == "native" else f"the names of {folder.dialect}"
+        found = {
+            "tensors": _count(folder.tensors, "tensors", f"under {names}, copies and scales included"),
+            "elements": _count(folder.elements, "elements", "of all tensors"),
+            "bytes": _count(folder.bytes, "bytes", "without file headers"),
+        }
+        return found | {f"in {dtype}": _count(n, "elements", "") for dtype, n in folder.by_dtype.items()}
+
+    def _operations(self) -> Section:
+        told = "forward, causal, matrix products; routers left out"
+        found: dict[str, Quantity] = {}
+        for name, work in compute.forward(self.spec, context=self.context).items():
+            if work.total:
+                found[name] = _flops(work.total, f"{told}, at {self.context:,} tokens")
+        flops = self.counts.flops_per_token
+        found["forward"] = _flops(
+            flops.forward, f"all components, {flops.convention}, at {self.context:,} tokens"
+        )
+        full = compute.total(compute.forward(self.spec, context=self.context, causal=False))
+        found["forward, full mask"] = _flops(full, "no product is left out under the mask")
+        found["training"] = _flops(flops.training, "three forwards, causal")
+        if self.counts.predictor:
+            found["training, with the predictor"] = _flops(
+                flops.training_with_predictor, "its parts, and what it runs again"
+            )
+        longest = self.spec.model.max_position_embeddings
+        for length in CONTEXTS:
+            if self.context < length <= longest:
+                work = 3 * compute.total(compute.forward(self.spec, context=length))
+                found[f"training at {length:,} tokens"] = _flops(work, "three forwards, causal")
+        for name in compute.unknown(self.spec):
+            found[f"products of {name}"] = Quantity(
+                value=None, unit="FLOP", definition="its plugin does not say"
+            )
+        return found
+
+    def _decoding(self) -> Section:
+        found: dict[str, Quantity] = {}
+        for batch in BATCHES:
+            each = compute.decode(self.spec, context=self.context, batch=batch)
+            with_ = f"{batch} sequence{'s' if batch > 1 else ''} of {self.context:,} cached tokens"
+            found[f"operations, batch {batch}"] = _flops(each.operations, f"a token of each of {with_}")
+            found[f"weights read, batch {batch}"] = _count(
+                each.weight_bytes, "bytes", "of experts those chosen"
+            )
+            found[f"cache read, batch {batch}"] = _count(each.cache_bytes, "bytes", with_)
+            found[f"intensity, batch {batch}"] = Quantity(
+                value=each.intensity, unit="FLOP/byte", definition="operations over bytes read"
+            )
+        for name, intensity in compute.attention_intensity(self.spec).items():
+            told = "operations over bytes, for each cached token"
+            found[f"intensity of {name}"] = Quantity(value=intensity, unit="FLOP/byte", definition=told)
+        return found
+
+    def _run(self) -> Section:
+        price, config = self.pricing, self.spec.cost
+        run, of = price.run, price.assumptions
+        hardware = price.hardware
+        peak = price.peak
+        hours = f"{config.goodput:.0%} of the hours count" if config.goodput < 1 else "no hour is lost"
+        given = "stated" if config.gpu_hours is not None else f"operations over peak and utilisation; {hours}"
+        power = hardware.power
+        return {
+            "tokens": _count(price.tokens, "tokens", "of pre-training"),
+            "operations": _flops(
+                run.operations, "tokens by training operations, causal, without a predictor"
+            ),
+            "peak of a device": _flops(
+                peak.value, f"dense, {config.peak}, a second: {hardware.description}", peak.source, peak.read
+            ),
+            "hours of pre-training": _count(run.pretraining_hours, "device hours", given),
+            "hours": _count(run.hours, "device hours", "with what follows: longer context, alignment"),
+            "days": _count(run.days, "days", f"on {config.gpus:,} devices"),
+            "rent": _money(run.rent, "hours by the rate", of["rate"]),
+            "owned instead": _money(
+                run.owned, f"at ${run.owned_rate:.2f} an hour, value falls as compute becomes cheaper"
+            ),
+            "owned, straight line": _money(
+                run.straight, f"at ${run.straight_rate:.2f} an hour over its life"
+            ),
+            "energy": _count(run.energy, "kWh", "at the facility", power.source, power.read),
+            "price of the energy": _money(
+                run.energy_cost, "of the grid; owning holds it already", of["electricity"]
+            ),
+            "carbon": _count(run.carbon, "kg CO2e", "of the energy", of["carbon"].source, of["carbon"].read),
+        }
+
+    def _utilisation(self) -> Section:
+        found, peak = self.pricing.utilisation, self.spec.cost.peak
+        told = f"of the {peak} peak"
+        section = {
+            "operations of a device": _flops(found.achieved, "a second, causal, without a predictor"),
+            "causal": _share(found.causal, f"{told}, without a predictor"),
+            "full mask": _share(
+                found.full_mask, f"{told}, without a predictor, nothing left out under the mask"
+            ),
+        }
+        if found.with_predictor is not None:
+            section["with the predictor"] = _share(found.with_predictor, f"{told}, causal")
+        for dtype, share in found.of_other_peaks.items():
+            if share != found.causal:
+                section[f"of the {dtype} peak"] = _share(share, "causal, without a predictor")
+        return section
+
+    def _development(self) -> Section:
+        made, of = self.pricing.development, self.pricing.assumptions
+        return {
+            "final run": _money(made.final, "the rent, with what had to be done again", of["restarts"]),
+            "experiments": _money(made.experiments, "a multiple of the final run", of["experiments"]),
+            "people": _money(made.people, "headcount, salary, years, share", of["headcount"]),
+            "all": _money(made.total, "never added to the run or to a year of the organisation"),
+        }
+
+    def _year(self) -> Section:
+        year = self.pricing.fleet
+        of = f"{year.devices:,} devices"
+        return {
+            "rented": _money(year.rented, f"{of}, every hour of the year"),
+            "owned instead": _money(year.owned, f"{of}, energy included"),
+            "people": _money(year.people, "headcount by salary"),
+            "power": _money(year.power_bill, f"of {of}; owning holds it already"),
+            "price of the devices": _money(year.devices_price, "devices alone"),
+            "price of the cluster": _money(year.cluster_price, "servers and network included"),
+        }
+
+
+def _count(value: float, unit: str, definition: str, source: str = "", read: bool = True) -> Quantity:
+    return Quantity(value=value, unit=unit, definition=definition, source=source, confirmed=read)
+
+
+def _flops(value: float, definition: str, source: str = "", read: bool = True) -> Quantity:
+    return _count(value, "FLOP", definition, source, read)
+
+
+def _money(value: float, definition: str, assumed: Assumption | None = None) -> Quantity:
+    source, read = ("", True) if assumed is None else (assumed.source, assumed.read)
+    return _count(value, "USD", definition, source, read)
+
+
+def _share(value: float, definition: str) -> Quantity:
+    return _count(value, "", definition)
