@@ -38,7 +38,9 @@ def checkpoint(spec: "Spec | str") -> Checkpoint:
     try:
         dialect, _ = expressing(spec)
     except DialectError:
-        return _counted("native", ((weight.dtype, weight.elements, 1) for weight in spec.formats.stored.values()))
+        return _counted(
+            "native", ((weight.dtype, weight.elements, 1) for weight in spec.formats.stored.values())
+        )
     return _counted(dialect.name, _written(dialect.rules(spec), spec))
 
 

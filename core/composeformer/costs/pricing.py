@@ -126,9 +126,11 @@ class Pricing:
         with_predictor = None
         if self.counts.predictor:
             with_predictor = self.counts.flops_per_token.training_with_predictor * scale
-        others = {
-            dtype: achieved / f.value for dtype, f in self.hardware.peaks.items() if dtype != self.config.peak
-        }
+        if achieved > peak * (1 + 1e-12):
+            told = f"{self.tokens:g} tokens in {self.run.pretraining_hours:,.0f} device hours are {achieved / peak:.0%} of"
+            raise InputError(f"cost.gpu_hours: {told} the {self.config.peak} peak of {self.hardware.name}")
+        # Of a slower dtype's peak it would say nothing, and of an equal one nothing new.
+        others = {d: achieved / f.value for d, f in self.hardware.peaks.items() if f.value > 1.001 * peak}
         return Utilisation(
             achieved=achieved,
             causal=achieved / peak,

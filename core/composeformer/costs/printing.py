@@ -5,6 +5,7 @@ from typing import Any
 
 import attrs
 
+from composeformer.costs.difference import Difference
 from composeformer.costs.economics import Quantiles
 from composeformer.costs.quantities import Quantity, Section
 from composeformer.costs.report import Report
@@ -115,3 +116,29 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(
         [*lines, *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)]
     )
+
+
+def difference_markdown(found: Difference) -> str:
+    """Two specs side by side as a Markdown document."""
+    names = found.first.spec.name, found.second.spec.name
+    parts = [f"# {names[0]} and {names[1]}"]
+    if found.hours is not None:
+        rows = ((each.name, f"{each.value:.3f}", each.told) for each in found.factors)
+        factors = _table(("factor", "of device hours", "what it is"), rows)
+        product = " x ".join(f"{each.value:.3f}" for each in found.factors)
+        told = f"{names[1]} takes {found.hours:.2f} times the device hours: {product}."
+        parts.append(f"{told}\n\n{factors}")
+    changes = ((each.what, each.where, each.first, each.second) for each in found.changes)
+    parts.append("## Structure\n\n" + _table(("", "", *names), changes))
+    for title in dict.fromkeys(pair.section for pair in found.pairs):
+        rows = (
+            (
+                p.name,
+                *("" if q is None else shown(q) for q in (p.first, p.second)),
+                "" if p.ratio is None else f"{p.ratio:.3g}",
+            )
+            for p in found.pairs
+            if p.section == title
+        )
+        parts.append(f"## {title[:1].upper()}{title[1:]}\n\n" + _table(("", *names, "ratio"), rows))
+    return "\n\n".join(parts) + "\n"

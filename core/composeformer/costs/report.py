@@ -189,8 +189,7 @@ class Report:
         if found.with_predictor is not None:
             section["with the predictor"] = _share(found.with_predictor, f"{told}, causal")
         for dtype, share in found.of_other_peaks.items():
-            if share != found.causal:
-                section[f"of the {dtype} peak"] = _share(share, "causal, without a predictor")
+            section[f"of the {dtype} peak"] = _share(share, "causal, without a predictor")
         return section
 
     def _development(self) -> Section:
