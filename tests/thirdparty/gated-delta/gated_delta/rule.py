@@ -56,17 +56,16 @@ def chunked(steps: Steps, starts: Starts, state: Float[Tensor, "B H K V"], size:
     rest = -tokens % size
     q, k, v = (F.pad(x.transpose(1, 2), (0, 0, 0, rest)).unflatten(2, (-1, size)) for x in steps[:3])
     g, b = (F.pad(x.transpose(1, 2), (0, rest)).unflatten(2, (-1, size)) for x in steps[3:])
-    total = g.cumsum(-1)
-    # Whatever is masked has no decay: its exponent could be positive, and large.
+    # From each token of a chunk to each: sums, and no differences of sums from the chunk's start, which would cancel.
     seen = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
-    between, before, behind = total[..., :, None] - total[..., None, :], total, total[..., -1:] - total
+    between = g[..., None].masked_fill(~seen.tril(-1), 0).cumsum(-2)
+    before = g.cumsum(-1)
     if starts is not None:
         begun = F.pad(starts, (0, rest)).unflatten(1, (-1, size)).cumsum(-1)[:, None]
         seen = seen & (begun[..., :, None] == begun[..., None, :])
         before = before.masked_fill(begun > 0, -torch.inf)
-        behind = behind.masked_fill(begun != begun[..., -1:], -torch.inf)
     between = between.masked_fill(~seen, -torch.inf).exp()
-    before, behind = before.exp()[..., None], behind.exp()[..., None]
+    before, behind = before.exp()[..., None], between[..., -1, :, None]
     system = (b[..., None] * k) @ k.mT * between  # its diagonal is taken as ones
     sides = torch.cat([b[..., None] * v, b[..., None] * before * k], -1)
     solved = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True)
