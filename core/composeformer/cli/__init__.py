@@ -19,6 +19,7 @@ COMMANDS = {
     "show": "A spec's component tree, precision by role, and where values come from.",
     "cost": "What a spec is, needs and costs, every number with its definition.",
     "diff": "Two specs side by side, and why one costs more than the other.",
+    "resize": "Change a part, hold a quantity: widths are solved, a new spec is written.",
     "plugins": "What is installed, from where; start a plugin, prove one.",
     "schema": "JSON Schema of specs, for editors.",
     "import": "A Hugging Face folder or a GGUF file becomes a model folder.",

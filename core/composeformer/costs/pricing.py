@@ -128,7 +128,8 @@ class Pricing:
             with_predictor = self.counts.flops_per_token.training_with_predictor * scale
         if achieved > peak * (1 + 1e-12):
             told = f"{self.tokens:g} tokens in {self.run.pretraining_hours:,.0f} device hours"
-            raise InputError(f"cost.gpu_hours: {told} are {achieved / peak:.0%} of the {self.config.peak} peak of {self.hardware.name}")
+            of = f"of the {self.config.peak} peak of {self.hardware.name}"
+            raise InputError(f"cost.gpu_hours: {told} are {achieved / peak:.0%} {of}")
         # Of a slower dtype's peak it would say nothing, and of an equal one nothing new.
         others = {d: achieved / f.value for d, f in self.hardware.peaks.items() if f.value > 1.001 * peak}
         return Utilisation(
