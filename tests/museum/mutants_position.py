@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import attrs
 import torch
 from museum_kit import mutant, replaced
 from torch import nn
@@ -323,8 +324,6 @@ def rope_bands_swapped() -> Iterator[None]:
 def rope_of_its_own_original_context() -> Iterator[None]:
     def wrong(init):
         def own(self, config, site):
-            import attrs
-
             init(self, attrs.evolve(config, original_max_position_embeddings=8192), site)
 
         return own
@@ -362,8 +361,6 @@ def rope_ramp_reversed() -> Iterator[None]:
 def rope_ramp_always_truncated() -> Iterator[None]:
     def wrong(init):
         def own(self, config, site):
-            import attrs
-
             init(self, attrs.evolve(config, truncate=True), site)
 
         return own
@@ -394,8 +391,6 @@ def rope_amplitude_squared() -> Iterator[None]:
 def rope_amplitude_of_one_mscale() -> Iterator[None]:
     def wrong(right):
         def one(config):
-            import attrs
-
             return right(config if config.mscale is None else attrs.evolve(config, mscale_all_dim=1e-9))
 
         return one

@@ -1,4 +1,4 @@
-"""Bugs of norms, residuals, embeddings and heads."""
+"""Bugs of norms: what is averaged, in which dtype, with which eps."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
