@@ -18,7 +18,7 @@ from composeformer.testing import Finding, Subject, examine, laws_for, subject
 @attrs.frozen(eq=False, kw_only=True)
 class Mutant:
     """A bug. `source` is where it was found (an issue, a row of a list), `told` what is wrong, `wrong()` the context in
-    which the component `kind` of `slot` has it, in `implementation`.
+    which the component `kind` of `slot` has it, in `implementation`. The law `by` is tried before others.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Mutant:
     kind: str
     implementation: str
     wrong: Callable[[], AbstractContextManager[None]]
+    by: str = ""
 
     @property
     def subject(self) -> Subject:
@@ -38,7 +39,7 @@ MUTANTS: dict[str, Mutant] = {}
 
 
 def mutant(
-    name: str, slot: str, kind: str, told: str, *, source: str, implementation: str = "reference"
+    name: str, slot: str, kind: str, told: str, *, source: str, implementation: str = "reference", by: str = ""
 ) -> Callable[[Callable[[], Iterator[None]]], Mutant]:
     """Registers a generator function as the context of a mutant."""
 
@@ -53,6 +54,7 @@ def mutant(
             kind=kind,
             implementation=implementation,
             wrong=contextmanager(wrong),
+            by=by,
         )
         return MUTANTS[name]
 
@@ -88,7 +90,8 @@ def everything() -> dict[str, Mutant]:
 
 def kill(found: Mutant, examples: int | None = None) -> Finding | None:
     """What the first law that it breaks says of a mutant: those that name it first. None where it survives."""
-    laws = sorted(laws_for(found.subject.component), key=lambda law: law.kills != found.name)
+    named = laws_for(found.subject.component)
+    laws = sorted(named, key=lambda law: (law.kills != found.name, law.id != found.by))
     with found.wrong():
         for law in laws:
             finding = examine(law, found.subject, examples=examples, shrink=False)

@@ -31,7 +31,7 @@ COMPONENTS = (
             *reference("attention:Attention"),
         ),
         summary="grouped-query attention: multi-head, multi-query and all between",
-        claims=("sees", "window", "set", "relative", "averages", "cap", "sinks"),
+        claims=("slope", "sees", "window", "set", "relative", "averages", "cap", "sinks"),
         strategy="composeformer_dense.testing:attentions",
     ),
     Component(

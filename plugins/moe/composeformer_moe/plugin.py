@@ -29,6 +29,17 @@ def grouped_needs(facts: Facts) -> str | None:
     return None
 
 
+# What both routers promise of their choice and weights.
+ROUTERS = (
+    "derivative",
+    "single-precision",
+    "groups",
+    "exact-top-k",
+    "scaling-factor",
+    "normalised",
+    "balance",
+)
+
 COMPONENTS = (
     Component(
         "ffn",
@@ -41,6 +52,7 @@ COMPONENTS = (
         ),
         summary="shared experts, and routed ones of which each token passes through a few",
         strategy="composeformer_moe.testing:mixtures",
+        claims=("derivative", "loads", "renumbered"),
     ),
     Component(
         "router",
@@ -49,6 +61,7 @@ COMPONENTS = (
         (Implementation("reference", "composeformer_moe.softmax:SoftmaxRouter"),),
         summary="softmax over experts, balanced by losses",
         strategy="composeformer_moe.testing:softmax_routers",
+        claims=(*ROUTERS, "shift", "z-loss"),
     ),
     Component(
         "router",
@@ -57,6 +70,7 @@ COMPONENTS = (
         (Implementation("reference", "composeformer_moe.sigmoid_bias:SigmoidBiasRouter"),),
         summary="sigmoids, balanced without a loss by a bias on the choice",
         strategy="composeformer_moe.testing:sigmoid_routers",
+        claims=(*ROUTERS, "bias-selects-only", "after-step"),
     ),
 )
 

@@ -11,7 +11,7 @@ Table = dict[str, Any]
 EXPERTS = (4, 8)
 LARGEST_TOP_K = 2
 # Weights of losses, zero or large enough to be seen in gradients.
-ALPHAS = st.sampled_from([0.0, 0.25])
+ALPHAS = st.sampled_from([0.25, 1.0, 0.0])
 
 
 @st.composite
@@ -29,7 +29,7 @@ def mixtures(draw: st.DrawFn) -> Table:
 @st.composite
 def _shared(draw: st.DrawFn) -> Table:
     """What all routers have."""
-    groups = draw(st.sampled_from([1, 2]))
+    groups = draw(st.sampled_from([1, 2, 2]))
     more = {
         "group_score": st.sampled_from(["max", "top2"]),
         "routed_scaling_factor": st.sampled_from([1.0, 2.5, 0.5]),

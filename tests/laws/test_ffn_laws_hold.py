@@ -1,0 +1,5 @@
+"""Every feed-forward network obeys the laws of its slot."""
+
+from composeformer.testing import laws_of
+
+test_laws = laws_of(slot="ffn")
