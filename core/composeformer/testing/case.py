@@ -308,7 +308,7 @@ class Case:
 
     def within(self, error: float, bound: float, told: str) -> None:
         """An error no larger than its bound; both are kept where they are the worst so far."""
-        if error * self.bound >= self.error * bound:
+        if (error or bound) and error * self.bound >= self.error * bound:
             self.error, self.bound = error, bound
         if not error <= bound:
             raise LawBroken(f"{told}: differs by {error:.3g}, and at most {bound:.3g} is rounding")
