@@ -1,5 +1,6 @@
 """`compose cost`: what a spec is and needs, without torch."""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,9 +17,17 @@ from composeformer.cli.options import SPEC, SPEC_HELP, big, console, json_option
     help="Sequence length for FLOPs; that of [cost], 4096 or the model's longest by default.",
 )
 @click.option("--markdown", "as_markdown", is_flag=True, help="A Markdown document on stdout.")
+@click.option(
+    "--html", type=click.Path(path_type=Path), help="Write a page with plots here; it needs nothing else."
+)
 @json_option
 def command(
-    spec: str, settings: tuple[str, ...], context: int | None, as_markdown: bool, as_json: bool
+    spec: str,
+    settings: tuple[str, ...],
+    context: int | None,
+    as_markdown: bool,
+    html: Path | None,
+    as_json: bool,
 ) -> None:
     from composeformer.costs.printing import document, markdown
     from composeformer.costs.report import Report
@@ -27,6 +36,13 @@ def command(
     if as_json and as_markdown:
         raise click.UsageError("--json and --markdown are two documents; choose one")
     report = Report(Spec.load(spec, settings), context=context)
+    if html is not None:
+        from composeformer.costs.page import page
+
+        html.write_text(page(report), encoding="utf-8")
+        if not (as_json or as_markdown):
+            click.echo(f"wrote {html}")
+            return
     if as_json:
         print_json(document(report))
     elif as_markdown:
@@ -61,7 +77,9 @@ def _print(report: Any) -> None:
     for name, found in report.pricing.ranges().items():
         table.add_row(name, money(found.p5), money(found.p50), money(found.p95))
     screen.print(table)
-    table = Table("assumption", "90% lie in", "development", title="what it depends on most", title_justify="left")
+    table = Table(
+        "assumption", "90% lie in", "development", title="what it depends on most", title_justify="left"
+    )
     for swing in report.pricing.tornado()[:6]:
         ends = f"{money(swing.at_low)} to {money(swing.at_high)}"
         table.add_row(swing.name, f"{swing.low:g} to {swing.high:g}", ends)

@@ -1,0 +1,110 @@
+"""The page of a report: whole, loads nothing, and says every number; its plots are drawn to scale."""
+
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from composeformer.cli import main
+from composeformer.costs.page import page
+from composeformer.costs.plots import LEFT, RIGHT, WIDTH, Bar, Line, bars, lines
+from composeformer.costs.printing import shown
+from composeformer.costs.report import Report
+from composeformer.spec import Spec
+from composeformer.spec.inherit import shipped
+
+
+class Checker(HTMLParser):
+    """Follows what is open, and keeps the text and every attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += attrs
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_page_is_whole_says_every_number_and_loads_nothing(name: str) -> None:
+    report = Report(Spec.load(name))
+    text = page(report)
+    checker = Checker()
+    checker.feed(text)
+    assert checker.open == []
+    said = set(checker.text)
+    for section in report.sections.values():
+        for told, quantity in section.items():
+            assert told in said
+            assert shown(quantity) in said
+    assert not {name for name, _ in checker.attributes} & {"src", "href", "onload", "onclick"}
+    assert "<script" not in text
+    for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        ElementTree.fromstring(svg)
+
+
+def test_names_that_are_markup_are_text() -> None:
+    report = Report(Spec.load("tiny-llama").with_({"name": "<b>&x"}))
+    assert "<b>&x" not in page(report)
+    assert "&lt;b&gt;&amp;x" in page(report)
+
+
+@given(st.lists(st.floats(0.01, 1e6), min_size=1, max_size=6))
+def test_bars_are_as_long_as_their_values(values: list[float]) -> None:
+    drawn = ElementTree.fromstring(bars([Bar(name="a", low=0, high=v, told="") for v in values]))
+    widths = [float(box.attrib["width"]) for box in drawn.iter("rect")]
+    room = WIDTH - LEFT - RIGHT
+    for width, value in zip(widths, values, strict=True):
+        # A bar is a pixel wide at least, and places have one decimal.
+        assert width == pytest.approx(max(1.0, room * value / max(values)), abs=0.11)
+
+
+@given(st.lists(st.tuples(st.floats(1, 1e6), st.floats(1, 1e6)), min_size=1, max_size=5), st.booleans())
+def test_lines_stay_within_the_picture(points: list[tuple[float, float]], log: bool) -> None:
+    points = sorted(points)
+    drawn = lines(
+        [Line(name="a", points=points, band=[(x, y / 2, y * 2) for x, y in points])],
+        x_label="x", y_label="y", log_x=log, log_y=log, level=(5.0, "five"),
+    )  # fmt: skip
+    for line in ElementTree.fromstring(drawn).iter():
+        for pair in line.attrib.get("points", "").split():
+            x, y = map(float, pair.split(","))
+            assert 0 <= x <= WIDTH
+            assert 0 <= y <= 320
+
+
+def test_the_command_writes_the_page(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "cost.html"
+    monkeypatch.setattr(sys, "argv", ["compose", "cost", "tiny-llama", "--html", str(file)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (0, None)
+    assert capsys.readouterr().out == f"wrote {file}\n"
+    assert file.read_text(encoding="utf-8") == page(Report(Spec.load("tiny-llama")))
+    monkeypatch.setattr(
+        sys, "argv", ["compose", "cost", "tiny-llama", "--html", str(tmp_path / "no" / "cost.html")]
+    )
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
