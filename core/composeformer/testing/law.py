@@ -37,7 +37,7 @@ class Law:
     """`told` is the property in words. A `claimed` law holds for parts that claim it, all others for every part.
 
     `applies(subject)` gives the reason why a part is beyond the law, None where it is not. `examples` is the number
-    of cases of an ordinary run.
+    of cases of an ordinary run. `shrinks` is False for a law that finds something missing, which smaller cases miss too.
     """
 
     slot: str
@@ -48,6 +48,7 @@ class Law:
     claimed: bool = False
     applies: "Callable[[Subject], str | None] | None" = None
     examples: int = 15
+    shrinks: bool = True
 
     @property
     def id(self) -> str:
@@ -75,6 +76,7 @@ def law(
     claimed: bool = False,
     applies: "Callable[[Subject], str | None] | None" = None,
     examples: int = 15,
+    shrinks: bool = True,
 ) -> "Callable[[Callable[[Case], None]], Law]":
     """Makes a law of a function, and registers it. Raises ValueError where a slot has the name already."""
 
@@ -88,6 +90,7 @@ def law(
             claimed=claimed,
             applies=applies,
             examples=examples,
+            shrinks=shrinks,
         )
         if made.id in _LAWS:
             raise ValueError(f"there are two laws {made.id}")
@@ -123,6 +126,11 @@ def laws_for(component: Component) -> tuple[Law, ...]:
                 f"can claim; allowed: {one_of(allowed)}{hint}"
             )
     return tuple(each for each in every if each.of(component))
+
+
+def model_laws() -> tuple[Law, ...]:
+    """The laws of whole models."""
+    return tuple(each for each in all_laws() if each.slot == MODEL)
 
 
 def find_law(name: str) -> Law:

@@ -30,7 +30,7 @@ FRACTIONS = st.sampled_from([1.0, 0.5])
 @st.composite
 def attentions(draw: st.DrawFn) -> Table:
     """`gqa`, for any hidden size that is a multiple of 4; heads are of 4 or 8 features."""
-    kv_heads = draw(st.sampled_from([1, 2]))
+    kv_heads = draw(st.sampled_from([1, 2, 2, 3]))
     heads = kv_heads * draw(st.sampled_from([1, 2, 3]))
     switches = {name: st.booleans() for name in ("qkv_bias", "o_bias", "sinks")}
     sizes = {"window": st.integers(1, 6), "cap": st.sampled_from([1.0, 2.0, 30.0])}

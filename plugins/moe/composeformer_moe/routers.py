@@ -59,6 +59,7 @@ class Softmax(Config):
     softmax: str = field(
         "before",
         choices=("before", "after"),
+        affects="execution",  # normalised, the two are one function
         help="Softmax over all experts before the choice, or over the chosen ones after it (always normalised).",
     )
     routed_scaling_factor: float = field(1.0, above=0.0, help="Multiplies the weights.")
