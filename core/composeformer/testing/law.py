@@ -37,7 +37,7 @@ class Law:
     """`told` is the property in words. A `claimed` law holds for parts that claim it, all others for every part.
 
     `applies(subject)` gives the reason why a part is beyond the law, None where it is not. `examples` is the number
-    of cases of an ordinary run. `shrinks` is False for a law that finds something missing, which smaller cases miss too.
+    of cases of an ordinary run. `shrinks` is False for a law about what it can not find, which smaller cases lack too.
     """
 
     slot: str
