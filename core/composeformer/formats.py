@@ -4,11 +4,14 @@ A precision policy answers `format(...)` for every tensor of a plan; memory, tra
 derived from the answers. Dtypes are spelled as in `tensors.DTYPES`; a policy may add narrower ones.
 """
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import attrs
 
 from composeformer.contracts import Weight
+
+if TYPE_CHECKING:
+    from composeformer.rounding import Operand
 
 
 @attrs.frozen(kw_only=True)
@@ -36,7 +39,10 @@ class Format:
 
 
 class PrecisionConfig(Protocol):
-    """What the config of a `precision` component offers besides its fields; rules come with `precision.Precision`."""
+    """What the config of a `precision` component offers besides its fields.
+
+    Rules come with `precision.Precision`, and `rounding`, the declared error that laws hold it to.
+    """
 
     @property
     def activations(self) -> str:
@@ -53,6 +59,10 @@ class PrecisionConfig(Protocol):
 
 class CodecConfig(Protocol):
     """What the config of a `codec` component offers: a form in which weights are stored."""
+
+    @property
+    def rounding(self) -> "Operand":
+        """How far encoding may move a number."""
 
     def stored(self, weight: Weight) -> tuple[Weight, ...]:
         """The tensors that hold `weight`: its codes under its own name, then others (scales), none of them trains."""

@@ -17,6 +17,7 @@ from composeformer.config import Config, config, field, part, records
 from composeformer.contracts import Linear, Part, Weight
 from composeformer.errors import PluginError, Problem, nearest, one_of, show
 from composeformer.formats import BITS, Format
+from composeformer.rounding import Rounding, of_format
 
 if TYPE_CHECKING:
     from composeformer.plan import Plan
@@ -41,6 +42,11 @@ class Precision(Config):
     rules: tuple[Rule, ...] = records(
         Rule, affects="execution", help="Exceptions by role; the first that matches decides."
     )
+
+    def rounding(self, role: str, weight: Weight, sensitive: bool) -> Rounding:
+        """The declared error of a linear map, of which `format` is asked the same: what its format says of itself."""
+        form: Format = self.format(role, weight, sensitive)  # type: ignore[attr-defined]
+        return of_format(form)
 
 
 def matches(roles: str, name: str) -> bool:

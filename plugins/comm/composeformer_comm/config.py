@@ -11,6 +11,7 @@ from composeformer.config import Config, config, field
 from composeformer.contracts import Exchange
 from composeformer.costs.ledger import Ledger, Rows
 from composeformer.errors import Problem
+from composeformer.rounding import Carried, Operand, cast, scaled
 from composeformer.site import Site
 from composeformer_comm import declared, means
 from composeformer_comm.hops import Hop, flat, no_whole_nodes, two_level
@@ -18,8 +19,13 @@ from composeformer_comm.hops import Hop, flat, no_whole_nodes, two_level
 # The codec of FP8 rows, a plugin's: tiles of 128 features share one scale.
 TILES = "f8-1x128"
 
-DISPATCH_FORMAT = "How rows travel to experts, and gradients of results: as computed, in bfloat16, or in FP8 tiles."
+DISPATCH_FORMAT = (
+    "How rows travel to experts, and gradients of results: as computed, in bfloat16, or in FP8 tiles."
+)
 COMBINE_FORMAT = "How results travel back, and gradients of rows: as computed, or in bfloat16."
+
+# How far each way to travel moves a number.
+WIRES = {"activations": Operand(), "bf16": cast("bfloat16"), "fp8": scaled("float8_e4m3fn", (1, declared.TILE))}
 
 
 @config
@@ -81,6 +87,14 @@ class Remote(Config):
     def hops(self, ranks: int) -> tuple[Hop, ...]:
         """The all-to-alls that a row takes, in order; InputError where the ranks are no whole nodes."""
         return ()
+
+    def rounding(self, ranks: int) -> Carried:
+        """The declared error of what travels among so many ranks."""
+        return Carried(
+            dispatch=WIRES[self.dispatch_format],
+            combine=WIRES[self.combine_format],
+            hops=max(1, len(self.hops(ranks))),
+        )
 
     def validate(self, site: Site) -> Iterable[Problem]:
         if self.dispatch_format == "fp8" and TILES not in site.spec.registry.kinds("codec"):

@@ -22,6 +22,7 @@ COMPONENTS = (
         Collective,
         (Implementation("reference", "composeformer_comm.remote:RemoteExchange"),),
         summary="experts over processes, one all-to-all each way",
+        strategy="composeformer_comm.testing:collectives",
     ),
     Component(
         "comm",
@@ -29,6 +30,7 @@ COMPONENTS = (
         Hierarchical,
         (Implementation("reference", "composeformer_comm.remote:RemoteExchange"),),
         summary="experts over nodes of processes, a token crossing once per node",
+        strategy="composeformer_comm.testing:hierarchies",
     ),
 )
 

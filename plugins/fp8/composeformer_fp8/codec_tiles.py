@@ -23,18 +23,18 @@ class TilesCodec:
     def __init__(self, config: Tiles) -> None:
         self.config = config
 
-    def encode(self, value: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N S"]]:
+    def encode(self, value: Float[Tensor, "*E N D"]) -> tuple[Float[Tensor, "*E N D"], Float[Tensor, "*E N S"]]:
         """Codes and scales."""
         return quantise(value, BLOCK, E4M3, "float32")
 
     def decode(
         self,
-        parts: tuple[Float[Tensor, "N D"], Float[Tensor, "N S"]],
+        parts: tuple[Float[Tensor, "*E N D"], Float[Tensor, "*E N S"]],
         dtype: torch.dtype = torch.float32,
         rows: slice | None = None,
-    ) -> Float[Tensor, "M D"]:
+    ) -> Float[Tensor, "*E M D"]:
         """Codes times scales in fp32 (fp64 in fp64), then in `dtype`; of some `rows` alone where these are given."""
-        codes, scales = parts if rows is None else (part[rows] for part in parts)
+        codes, scales = parts if rows is None else (part[..., rows, :] for part in parts)
         wide = torch.promote_types(dtype, torch.float32)
         return dequantise(codes, scales, BLOCK, wide).to(dtype)
 

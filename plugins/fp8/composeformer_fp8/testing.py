@@ -1,7 +1,9 @@
-"""What tests of number formats need: tensors of any content, and what an error is measured in. Needs hypothesis.
+"""What tests of number formats need: tables, tensors, and what an error is measured in. Needs hypothesis.
 
 Nothing else of the plugin imports it.
 """
+
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -15,6 +17,29 @@ from composeformer_fp8.quantise import Block, spread
 CONTENTS = ("even", "wide", "huge", "zeros", "integers")
 # Not whole blocks of 128 in most ways to be so; 576 rows are those of DeepSeek-V3's `kv_a`.
 SIZES = st.sampled_from([1, 2, 31, 33, 127, 128, 129, 300, 576])
+
+
+def _tables(kind: str) -> "st.SearchStrategy[dict[str, Any]]":
+    """Every option as likely as another, but accumulators: others than the default take long."""
+    always = {
+        "kind": st.just(kind),
+        "weights": st.sampled_from(["float32", "bfloat16", "float8_e4m3fn"]),
+        "scales": st.sampled_from(["float32", "ue8m0"]),
+        "gradients": st.sampled_from(["e4m3", "e5m2"]),
+    }
+    seldom = st.sampled_from([{}, {}, {}, {"promotion": 0}, {"accumulator_bits": 14}])
+    moments = st.sampled_from([{}, {"moments": "float32"}])
+    return st.builds(lambda *found: found[0] | found[1] | found[2], st.fixed_dictionaries(always), seldom, moments)
+
+
+def fp8_blocks() -> "st.SearchStrategy[dict[str, Any]]":
+    """`fp8-block`."""
+    return _tables("fp8-block")
+
+
+def fp8_tensors() -> "st.SearchStrategy[dict[str, Any]]":
+    """`fp8-tensor`."""
+    return _tables("fp8-tensor")
 
 
 def content(sort: str, shape: tuple[int, ...], seed: int) -> Float[Tensor, "*S"]:

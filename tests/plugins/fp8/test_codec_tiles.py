@@ -103,3 +103,9 @@ def test_a_cut_of_codes_and_scales_holds_that_part_of_the_rows(value, dim, data)
     assert pieces[0].shape[dim] < stop - start + TILE
     found = CODEC.decode(pieces).narrow(dim, start - edges[0][0], stop - start)
     assert torch.equal(found, CODEC.decode(parts).narrow(dim, start, stop - start))
+
+
+def test_some_rows_are_those_of_every_matrix_of_a_stack():
+    value = torch.randn(2, 5, 300, generator=torch.Generator().manual_seed(0))
+    parts = CODEC.encode(value)
+    assert torch.equal(CODEC.decode(parts, rows=slice(1, 4)), CODEC.decode(parts)[:, 1:4])

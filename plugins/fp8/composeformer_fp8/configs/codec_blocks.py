@@ -12,6 +12,7 @@ import attrs
 
 from composeformer.config import Config, config
 from composeformer.contracts import Weight
+from composeformer.rounding import Operand, scaled
 
 BLOCK = 128
 
@@ -32,6 +33,11 @@ class Blocks(Config):
                 trains=False,
             ),
         )
+
+    @property
+    def rounding(self) -> Operand:
+        """How far encoding moves a number."""
+        return scaled("float8_e4m3fn", (BLOCK, BLOCK))
 
     def cut(self, dim: int, start: int, stop: int) -> tuple[tuple[int, int], ...]:
         """What holds [start, stop) of dimension -2 or -1: codes from the edge of a block on, and its scales."""

@@ -6,6 +6,7 @@ import attrs
 
 from composeformer.config import Config, config
 from composeformer.contracts import Weight
+from composeformer.rounding import Operand, scaled
 
 TILE = 128
 
@@ -26,6 +27,11 @@ class Tiles(Config):
                 trains=False,
             ),
         )
+
+    @property
+    def rounding(self) -> Operand:
+        """How far encoding moves a number."""
+        return scaled("float8_e4m3fn", (1, TILE))
 
     def cut(self, dim: int, start: int, stop: int) -> tuple[tuple[int, int], ...]:
         """What holds [start, stop) of dimension -2 or -1: whole rows, or codes from the edge of a tile on."""

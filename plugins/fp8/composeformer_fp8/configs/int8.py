@@ -9,6 +9,7 @@ from composeformer.config import Config, config
 from composeformer.contracts import Weight
 from composeformer.formats import Format, plain
 from composeformer.precision import Precision
+from composeformer.rounding import Operand, Rounding, integers, of_format
 
 CODEC = "int8-row"
 LARGEST = 127
@@ -24,6 +25,11 @@ class Rows(Config):
             name=f"{weight.name}_scale", shape=(*weight.shape[:-1], 1), dtype="bfloat16", trains=False
         )
         return attrs.evolve(weight, dtype="int8", trains=False, init=None), scale
+
+    @property
+    def rounding(self) -> Operand:
+        """How far encoding moves a number."""
+        return integers(8, (1, 0), "bfloat16")
 
     def cut(self, dim: int, start: int, stop: int) -> tuple[tuple[int, int], ...]:
         """What holds [start, stop) of dimension -2 or -1: a row's scale serves all its columns."""
@@ -46,6 +52,12 @@ class Int8(Precision):
         activations are exact.
         """
         return 0.5 / LARGEST * (1 + 2.0**-8) + (inputs + 2) * 2.0**-24
+
+    def rounding(self, role: str, weight: Weight, sensitive: bool) -> Rounding:
+        """That of the integers; products are in fp32, as sensitive maps are."""
+        if sensitive:
+            return of_format(plain("float32", "sensitive"))
+        return attrs.evolve(super().rounding(role, weight, sensitive), result=2.0**-24)
 
     def format(self, role: str, weight: Weight, sensitive: bool) -> Format:
         if weight.dtype is not None:

@@ -12,7 +12,8 @@ from math import ceil, hypot
 
 import attrs
 
-from composeformer_fp8.numbers import E4M3, Narrow
+from composeformer.rounding import Operand, Rounding
+from composeformer_fp8.numbers import E4M3, SMALLEST_SCALE, Narrow
 
 
 @attrs.frozen(kw_only=True)
@@ -107,3 +108,31 @@ class Recipe:
         of sum_k |q_k s_k| |q'_k s'_k|: q s rounded for both, as many additions as products, and the declared rounding.
         """
         return (inputs + 2) * 2.0**-24 + self.accumulation_error(inputs)
+
+    def operand(self, form: Narrow, block: tuple[int, int]) -> Operand:
+        """How far rounding moves a number: by at most u (|v| + f A), f being `floor`; u has the quotient's rounding."""
+        # MX scales let the largest numbers saturate, by less than a step.
+        unit = (2 if self.scales == "mx" else 1) * form.roundoff + 2.0**-23
+        return Operand(
+            relative=unit,
+            shared=unit * self.floor(form),
+            least=unit * form.normal * SMALLEST_SCALE,
+            block=block,
+        )
+
+    @property
+    def rounding(self) -> Rounding:
+        """The error of the three products, whichever implementation computes them."""
+        tile = (1, self.tile) if self.tile else (0, 0)
+        narrow = 0.0 if self.bits >= 24 else 34 * 2.0 ** -(self.bits - 1)
+        chunks = ceil(self.chunk / 32)
+        return Rounding(
+            weight=self.operand(self.weights, self.block),
+            turned=self.operand(self.weights, self.block if self.anew else self.block[::-1]),
+            activation=self.operand(self.activations, tile),
+            gradient=self.operand(self.gradients, tile),
+            result=2.0**-24,
+            # `accumulation_error` and `fast_error`, in a form that is linear in the length.
+            each=2.0**-23 + (0.0 if self.promoted else narrow / 32),
+            fixed=2.0**-21 + narrow * (chunks if self.promoted else 1),
+        )

@@ -13,6 +13,7 @@ from composeformer.config import config, field
 from composeformer.contracts import Facts, Weight
 from composeformer.formats import Format, plain
 from composeformer.precision import Precision
+from composeformer.rounding import Rounding, of_format
 from composeformer_fp8.configs.recipe import Recipe
 from composeformer_fp8.numbers import FORMS
 
@@ -49,6 +50,12 @@ class Scaled(Precision):
         sum_k (|a_k| + f A_k) (|b_k| + f B_k): `Recipe.error_bound`, `Recipe.floor`.
         """
         return self.recipe.error_bound(inputs, gradient)
+
+    def rounding(self, role: str, weight: Weight, sensitive: bool) -> Rounding:
+        """That of the recipe; sensitive maps are computed in fp32, whatever they are stored in."""
+        if sensitive:
+            return of_format(plain("float32", "sensitive"))
+        return (self.recipe.of_stored() if self.storage == "float8_e4m3fn" else self.recipe).rounding
 
     def format(self, role: str, weight: Weight, sensitive: bool) -> Format:
         if weight.dtype is not None:

@@ -1,0 +1,5 @@
+"""Every codec of every installed plugin obeys the laws."""
+
+from composeformer.testing import laws_of
+
+test_laws = laws_of(slot="codec")
