@@ -63,3 +63,30 @@ class ParallelConfig(Config):
         affects="execution",
         help="Shard what is no expert over all processes (FSDP2); false: each process holds all of it.",
     )
+    pipeline: int = field(
+        default=1,
+        minimum=1,
+        unit="stages",
+        affects="execution",
+        help="Stages of consecutive layers; priced, not run by this version.",
+    )
+    tensor: int = field(
+        default=1,
+        minimum=1,
+        unit="processes",
+        affects="execution",
+        help="Processes that share each linear map; priced, not run by this version.",
+    )
+    zero: int | None = field(
+        default=None,
+        minimum=0,
+        maximum=3,
+        affects="execution",
+        help="What replicas share, for the price: 1 the optimizer, 2 gradients too, 3 weights too; by `shard` 3 or 0.",
+    )
+    schedule: str = field(
+        default="1f1b",
+        choices=("1f1b", "zero-bubble", "dualpipe"),
+        affects="execution",
+        help="The order of a pipeline's micro-batches, for the price.",
+    )

@@ -6,10 +6,11 @@ Every way of printing (a terminal, JSON, Markdown, a page) reads these sections;
 from collections.abc import Mapping
 from functools import cached_property
 
-from composeformer.costs import compute
+from composeformer.costs import compute, memory
 from composeformer.costs.counts import Counts, cost
 from composeformer.costs.economics import Assumption
 from composeformer.costs.folders import Checkpoint, checkpoint
+from composeformer.costs.layout import layout
 from composeformer.costs.pricing import Pricing
 from composeformer.costs.quantities import Quantity, Section
 from composeformer.spec import Spec
@@ -48,6 +49,7 @@ class Report:
             "folder": self._folder(),
             "operations of a token": self._operations(),
             "decoding": self._decoding(),
+            "memory of a device": self._memory(),
         }
         if self.is_priced:
             found |= {
@@ -142,6 +144,24 @@ class Report:
             told = "operations over bytes, for each cached token"
             found[f"intensity of {name}"] = Quantity(value=intensity, unit="FLOP/byte", definition=told)
         return found
+
+    def _memory(self) -> Section:
+        placed = layout(self.spec)
+        found = memory.largest(memory.training(self.spec, placed))
+        where = "of all" if placed.pipeline == 1 else f"of stage {found.stage + 1} of {placed.pipeline}, the largest"
+        shared = ("nothing", "the optimizer's state", "and gradients", "and weights")[placed.zero]
+        told = f"{where}; {placed.devices:,} devices, replicas share {shared}" if placed.devices > 1 else "one device"
+        section = {
+            "parameters": _count(found.parameters, "parameters", told),
+            "weights": _count(found.weights, "bytes", "as they are gathered to compute"),
+            "gradients": _count(found.gradients, "bytes", "as they are reduced"),
+            "master weights": _count(found.master, "bytes", "that the optimizer updates, where they are wider"),
+            "moments": Quantity(value=found.moments, unit="bytes", definition="averages that the optimizer keeps"),
+            "buffers": _count(found.buffers, "bytes", "saved and not trained"),
+        }
+        if found.gathered:
+            section["gathered"] = _count(found.gathered, "bytes", "the largest part that is whole while it computes")
+        return section | {"all": _count(found.total, "bytes", "activations aside")}
 
     def _run(self) -> Section:
         price, config = self.pricing, self.spec.cost

@@ -118,6 +118,11 @@ def place(spec: "Spec", device: str = "cpu") -> Placement:
 
 def _problems(spec: "Spec", size: int) -> Iterator[Problem]:
     """Why a spec can not be run by so many processes."""
+    for name in ("pipeline", "tensor"):
+        found = getattr(spec.parallel, name)
+        if found > 1:
+            told = "is priced, and not run by this version; 1 runs"
+            yield Problem(f"parallel.{name}", found, told).at(spec.document.source(("parallel", name)))
     experts = spec.parallel.expert
     if size % experts:
         told = f"must divide the number of processes, {size}"

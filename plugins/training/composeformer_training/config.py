@@ -1,5 +1,7 @@
 """The training parts on paper: what their fields mean. Imports no torch."""
 
+from typing import ClassVar
+
 from composeformer.config import Config, config, field
 
 
@@ -19,6 +21,8 @@ class NextToken(Config):
 @config
 class AdamW(Config):
     """Adam with decoupled weight decay, on matrices alone. The learning rate is `[train]`'s."""
+
+    states: ClassVar[int] = 2  # averages of each parameter's size that are kept
 
     beta1: float = field(
         default=0.9, minimum=0.0, maximum=0.999999, affects="training", help="Decay of the gradients' mean."
