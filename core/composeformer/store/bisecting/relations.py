@@ -12,6 +12,9 @@ from torch import Tensor
 
 # Of a vector's two elements anything is a scale or a shift; a relation must hold for more than it has freedom.
 FEWEST = 3
+SAMPLE = 4096
+# Sums of the same numbers in another order, in double precision.
+SAME_SUM = 1e-9
 
 
 @attrs.frozen(kw_only=True)
@@ -27,24 +30,47 @@ def relation(a: Tensor, b: Tensor, eps: float) -> Relation | None:
     """The relation of `a` to `b`, of one shape; `eps` is the spacing of the dtype that they were stored in."""
     if a.numel() < FEWEST or not (bool(a.isfinite().all()) and bool(b.isfinite().all())):
         return None
-    a, b = a.double(), b.double()
     return next(_relations(a, b, eps), None)
 
 
 def _relations(a: Tensor, b: Tensor, eps: float) -> Iterator[Relation]:
-    for dim in range(a.ndim):
-        order = permutation(a, b, dim)
-        if order is not None:
-            what = _dimension(a.ndim, dim)
-            yield Relation(sort=f"order {dim}", told=f"{what} in another order, {_listed(order)}")
-    if a.ndim > 1 and a.shape[-1] == a.shape[-2] and torch.equal(a.mT, b):
-        yield Relation(sort="transposed", told="transposed")
-    factor = float((a * b).sum() / (b * b).sum()) if bool(b.any()) else 0.0
-    if factor and alike(a, factor * b, eps):
-        yield Relation(sort="scale", told=f"{factor:.6g} times as large", factor=factor)
-    shift = float((a - b).mean())
-    if shift and _shifted(a, b, shift, eps):
-        yield Relation(sort="shift", told=f"with {shift:.6g} added", factor=shift)
+    # Most tensors are not related, and are large: what can be seen of a few elements or of a sum is looked at first.
+    if abs(energy(a) - energy(b)) <= SAME_SUM * energy(b):
+        for dim in range(a.ndim):
+            order = permutation(a, b, dim)
+            if order is not None:
+                what = _dimension(a.ndim, dim)
+                yield Relation(sort=f"order {dim}", told=f"{what} in another order, {_listed(order)}")
+        if a.ndim > 1 and a.shape[-1] == a.shape[-2] and torch.equal(a.mT, b):
+            yield Relation(sort="transposed", told="transposed")
+    factor, shift = _scale(sample(a), sample(b)), float((sample(a) - sample(b)).mean())
+    # The samples' own rounding is in the factor that they give.
+    if factor and alike(sample(a), factor * sample(b), 2 * eps):
+        a, b = a.double(), b.double()
+        factor = _scale(a, b)
+        if alike(a, factor * b, eps):
+            yield Relation(sort="scale", told=f"{factor:.6g} times as large", factor=factor)
+    elif shift and _shifted(sample(a), sample(b), shift, 2 * eps):
+        a, b = a.double(), b.double()
+        shift = float((a - b).mean())
+        if _shifted(a, b, shift, eps):
+            yield Relation(sort="shift", told=f"with {shift:.6g} added", factor=shift)
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """A few thousand elements from all over a tensor, in double precision."""
+    flat = tensor.reshape(-1)
+    return flat[:: max(1, flat.numel() // SAMPLE)].double()
+
+
+def energy(tensor: Tensor) -> float:
+    """The sum of squares, which no order changes."""
+    return float(tensor.double().square().sum())
+
+
+def _scale(a: Tensor, b: Tensor) -> float:
+    """The factor by which `a` is nearest to `b`."""
+    return float((a * b).sum() / (b * b).sum()) if bool(b.any()) else 0.0
 
 
 def alike(a: Tensor, b: Tensor, eps: float) -> bool:

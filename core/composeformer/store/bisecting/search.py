@@ -17,8 +17,9 @@ from composeformer.decoder import Model
 from composeformer.store.bisecting.change import Change, relevant
 from composeformer.store.bisecting.explanation import Explanation, Step, agreement
 from composeformer.store.bisecting.meaning import choices, differences
-from composeformer.store.bisecting.tensors import Tensors, proposals
+from composeformer.store.bisecting.tensors import proposals
 from composeformer.store.bisecting.trials import Bench, Trial
+from composeformer.store.bisecting.ways import Tensors
 
 # Pairs are many: they are taken away only from few changes.
 MOST_IN_PAIRS = 10

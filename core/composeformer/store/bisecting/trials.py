@@ -156,7 +156,7 @@ class Bench:
             wide = {}  # no policy of one dtype is installed: both run as they are
         if "precision" in wide:
             data["precision"] = wide["precision"]
-        return data, numbers(model, DTYPES[self.dtype])
+        return data, numbers(model, DTYPES[self.dtype], self.device)
 
 
 def _within(path: str, paths: Container[str]) -> bool:
@@ -165,16 +165,16 @@ def _within(path: str, paths: Container[str]) -> bool:
     return any(".".join(steps[:count]) in paths for count in range(1, len(steps)))
 
 
-def numbers(model: Model, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every tensor that the plan names, codes decoded, in `dtype` but where its part fixes another."""
+def numbers(model: Model, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Every tensor that the plan names, codes decoded, on `device`, in `dtype` but where its part fixes another."""
     state, spec = model.state_dict(), model.spec
     found = {}
     for name, weight in spec.plan.tensors.items():
         parts = spec.formats.coded.get(name)
         if parts is not None:
             codec = str(spec.formats.tensors[name].codec)
-            found[name] = decoder(codec).decode([state[part] for part in parts], dtype)
+            found[name] = decoder(codec).decode([state[part] for part in parts], dtype).to(device)
         else:
             wide = state[name].is_floating_point() and weight.dtype is None
-            found[name] = state[name].to(dtype) if wide else state[name]
+            found[name] = state[name].to(device, dtype if wide else None)
     return found

@@ -271,3 +271,68 @@ def test_tensors_stored_otherwise_are_found_with_their_component(lab: Any, case:
     assert change.source == "tensors"
     assert found.worst <= 1e-5
     assert f"{first} differs first" in found.lines[0]
+
+
+# Two at once on the same tensors, which hide each other: the family, what was done, and one change for each tensor.
+TOGETHER: dict[str, tuple[str, Edit, dict[str, str]]] = {
+    "keys turned under the values' name": (
+        "llama",
+        both(
+            each("mixer.k.weight", lambda w: per_head(w, 2, in_pairs)),
+            swapped("mixer.k.weight", "mixer.v.weight"),
+        ),
+        {
+            "keys and values of mixer gqa": "exchanged",
+            "keys and values of mixer gqa, and rotary layout of mixer gqa": "exchanged, and interleaved",
+        },
+    ),
+    "norms less one under each other's name": (
+        "llama",
+        both(
+            each("mixer_norm.weight", lambda w: w - 1),
+            each("ffn_norm.weight", lambda w: w - 1),
+            swapped("mixer_norm.weight", "ffn_norm.weight"),
+        ),
+        {
+            "weight of norm rmsnorm, and norms of the sublayers of residual pre-norm": "less one, and exchanged"
+        },
+    ),
+    "heads apart and turned": (
+        "mixtral",
+        both(PAIRS, APART),
+        {
+            "order of query heads of mixer gqa, and rotary layout of mixer gqa": (
+                "those of one key head apart, and interleaved"
+            ),
+            "order of query heads of mixer gqa": "those of one key head apart",
+            "rotary layout of mixer gqa": "interleaved",
+        },
+    ),
+    "turned and scaled": (
+        "llama",
+        both(PAIRS, each("mixer.q.weight", lambda w: w * 8**-0.5)),
+        {
+            "rotary layout of mixer gqa": "interleaved",
+            "rotary layout of mixer gqa, and mixer.q.weight": (
+                "interleaved, and 0.353553 times as large, which is 1 / sqrt(mixer.head_dim)"
+            ),
+        },
+    ),
+    "heads apart and transposed": (
+        "qwen3",
+        both(APART, each("mixer.o.weight", lambda w: w.mT.contiguous())),
+        {
+            "order of query heads of mixer gqa": "those of one key head apart",
+            "order of query heads of mixer gqa, and mixer.o.weight": "those of one key head apart, and transposed",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_two_conventions_of_one_tensor_are_found_together(lab: Any, case: str) -> None:
+    family, edit, expected = TOGETHER[case]
+    found = lab.verdict(family, {}, edit).explanation
+    assert found.complete, found.lines
+    changes = [change for step in found.steps for change in step.changes]
+    assert {change.name: change.here for change in changes} == expected
