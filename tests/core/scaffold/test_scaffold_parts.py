@@ -133,3 +133,21 @@ def test_what_is_written_passes_the_linter_even_under_the_longest_names(tmp_path
     for command in (["check"], ["format", "--check"]):
         done = subprocess.run([*ruff, *command, *config], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
+
+
+LAWS = """
+import json, sys
+from composeformer.testing import certify, subjects
+found = {}
+for slot in sys.argv[1:]:
+    parts = [each for each in subjects(f"my-{slot}") if each.slot == slot]
+    found[slot] = [[each.law, each.cases, str(each)] for each in certify(parts, examples=2) if not each.held]
+    assert parts, slot
+print(json.dumps(found))
+"""
+
+
+def test_a_new_plugin_obeys_the_laws_of_its_slot(written: Site) -> None:
+    done = written.run("-c", LAWS, *STARTS)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {slot: [] for slot in STARTS}
