@@ -67,6 +67,7 @@ def test_wheel_holds_code_specs_dialects_and_types_and_nothing_else(wheel: Path)
     for wanted in (
         "composeformer/py.typed",
         "composeformer/specs/tiny-llama.toml",
+        "composeformer/scaffold/templates/mixer/module.py.txt",
         "composeformer_dense/dialects/llama.toml",
     ):
         assert wanted in names
@@ -83,3 +84,6 @@ def test_installed_wheel_checks_and_builds(environment: Path) -> None:
     done = run(environment, "build", "tiny-llama", "-o", "model")
     assert done.returncode == 0, done.stderr
     assert (environment / "model" / "model.safetensors").exists()
+    done = run(environment, "plugins", "new", "my-mixer", "--slot", "mixer")
+    assert done.returncode == 0, done.stderr
+    assert (environment / "my-mixer" / "my_mixer" / "module.py").exists()
