@@ -415,3 +415,28 @@ def input_gradient_of_the_master() -> Iterator[None]:
 
     with replaced("composeformer_dense.precision:CastLinear.forward", wrong):
         yield
+
+
+@mutant(
+    "bias-sums-in-bfloat16",
+    "precision",
+    "bf16",
+    "the gradient of a group's bias is summed in bfloat16, row by row, and stops at 256",
+    source="pitfalls 2.4: what is accumulated in bf16 stops growing; found here by the law",
+)
+def bias_sums_in_bfloat16() -> Iterator[None]:
+    def wrong(ragged):
+        def narrow(x, matrix, bias, ends):
+            import torch
+            from torch.nn import functional as F
+
+            y = ragged(x, matrix, None, ends)
+            if bias is None:
+                return y
+            group = torch.searchsorted(ends, torch.arange(len(x)), right=True)
+            return y + F.pad(bias, (0, 0, 0, 1))[group]
+
+        return narrow
+
+    with replaced("composeformer_dense.precision:ragged", wrong):
+        yield

@@ -37,7 +37,9 @@ def ragged(
     if bias is None:
         return y
     group_N = torch.searchsorted(ends, torch.arange(len(x), device=ends.device), right=True)
-    return y + F.pad(bias, (0, 0, 0, 1))[group_N]
+    # The gradient adds up all rows of a group one by one, which in bfloat16 would end at 256.
+    wide = F.pad(bias, (0, 0, 0, 1)).to(torch.promote_types(bias.dtype, torch.float32))
+    return y + wide[group_N].to(bias.dtype)
 
 
 def fused(x: Tensor, matrix: Tensor) -> bool:

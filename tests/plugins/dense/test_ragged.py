@@ -115,3 +115,14 @@ def test_without_gradients_it_is_the_same_bit_for_bit():
         assert torch.equal(ragged(x, matrix, None, torch.tensor([3, 4])), wanted)
     with torch.inference_mode():
         assert torch.equal(ragged(x, matrix, None, torch.tensor([3, 4])), wanted)
+
+
+def test_a_bias_of_many_narrow_rows_has_the_gradient_of_them_all():
+    """One by one in bfloat16 a sum of ones ends at 256."""
+    x, matrix = torch.ones(700, 8).bfloat16(), torch.ones(2, 8, 8).bfloat16()
+    shift = torch.zeros(2, 8, dtype=torch.bfloat16, requires_grad=True)
+    y = ragged(x, matrix, shift, torch.tensor([600, 640]))
+    y.backward(torch.ones_like(y))
+    assert fused(x, matrix)
+    assert shift.grad is not None
+    assert shift.grad[:, 0].tolist() == [600, 40]

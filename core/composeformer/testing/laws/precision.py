@@ -61,6 +61,37 @@ def sums(case: Case) -> None:
 
 
 @of_maps(
+    "bias",
+    "a bias is added to its own rows, and its gradient is their sum, however many they are",
+    kills="bias-sums-in-bfloat16",
+    examples=12,
+)
+def bias(case: Case) -> None:
+    """Gradients of one sign and size: a narrow sum stops where they are half of its last bit."""
+    stacked = case.choice("stack", (True, True, False))
+    maps = Maps(case, groups=stacked, bias=True, sensitive=False, content="even", rows=(601,), inputs=(16,))
+    linear = maps.linear()
+    size = 2.0 ** case.integer("exponent", -6, 6)
+    g = torch.where(maps.cotangent.isnan(), maps.cotangent, torch.full_like(maps.cotangent, size))
+    found = maps.run(linear, torch.zeros_like(maps.x), g)
+    shift = linear.bias.detach().double()
+    wanted = torch.zeros_like(found["output"], dtype=torch.float64)
+    for rows, own in maps.parts(maps.ends):
+        wanted[rows] = shift[own]
+        if "bias" in found:
+            one = torch.ones(1, len(wanted[rows]), dtype=torch.float64)
+            each = maps.summed(one, g[rows].double().mT, linear.bias.dtype)
+            near(
+                case,
+                found["bias"][own],
+                Bounded(exact=each.exact[0], bound=each.bound[0]),
+                f"gradient of {own}",
+            )
+    unit = 2 * maps.rounding.result + torch.finfo(linear.dtype).eps
+    near(case, found["output"], Bounded(exact=wanted, bound=unit * wanted.abs()), "outputs of zeros")
+
+
+@of_maps(
     "groups",
     "each group's rows go through its own map, as if there were no other",
     kills="groups-share-scales",
