@@ -129,7 +129,7 @@ def test_tiny_deepseek_v3_has_every_part_of_its_namesake() -> None:
     paths = [{dotted(path) for path, _ in leaves(spec.to_dict())} for spec in (tiny, big)]
     # How a run of the big one is formatted and spread is no part of it; the tiny one runs anywhere, in fp32.
     run = {"precision.kind", "comm.kind", "comm.ranks_per_node"}
-    run |= {path for path in paths[1] if path.startswith(("cost.", "parallel."))}
+    run |= {path for path in paths[1] if path.startswith(("cost.", "parallel.", "train."))}
     assert paths[0] ^ paths[1] == {"model.init_std", "layers.0.repeat", *run}
     assert {(n.slot, n.part.kind) for n in tiny.plan.nodes()} == {
         (n.slot, n.part.kind) for n in big.plan.nodes()

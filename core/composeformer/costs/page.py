@@ -5,8 +5,8 @@ from html import escape
 
 from composeformer.costs import compute
 from composeformer.costs.plots import Bar, Line, bars, lines
-from composeformer.costs.printing import money, scaled, shown, told
-from composeformer.costs.quantities import Section
+from composeformer.costs.printing import money, shown, told
+from composeformer.costs.quantities import Section, scaled
 from composeformer.costs.report import Report
 
 STYLE = (

@@ -7,19 +7,9 @@ import attrs
 
 from composeformer.costs.difference import Difference
 from composeformer.costs.economics import Quantiles
-from composeformer.costs.quantities import Quantity, Section
+from composeformer.costs.quantities import Quantity, Section, scaled
 from composeformer.costs.report import Report
 
-_LETTERS = (
-    (1e24, "Y"),
-    (1e21, "Z"),
-    (1e18, "E"),
-    (1e15, "P"),
-    (1e12, "T"),
-    (1e9, "G"),
-    (1e6, "M"),
-    (1e3, "k"),
-)
 _MONEY = ((1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 
@@ -40,14 +30,6 @@ def shown(quantity: Quantity) -> str:
         return f"{value:,.0f} B" if value < 1e4 else f"{value:,.0f} B ({scaled(value, 'B')})"
     text = f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
     return f"{text} {unit}"
-
-
-def scaled(value: float, unit: str) -> str:
-    """Four digits and a decimal prefix."""
-    for bound, letter in _LETTERS:
-        if abs(value) >= bound:
-            return f"{value / bound:.4g} {letter}{unit}"
-    return f"{value:.4g} {unit}"
 
 
 def money(value: float) -> str:

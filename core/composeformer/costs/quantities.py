@@ -26,3 +26,22 @@ class Quantity:
 
 
 Section = Mapping[str, Quantity]
+
+_LETTERS = (
+    (1e24, "Y"),
+    (1e21, "Z"),
+    (1e18, "E"),
+    (1e15, "P"),
+    (1e12, "T"),
+    (1e9, "G"),
+    (1e6, "M"),
+    (1e3, "k"),
+)
+
+
+def scaled(value: float, unit: str) -> str:
+    """Four digits and a decimal prefix."""
+    for bound, letter in _LETTERS:
+        if abs(value) >= bound:
+            return f"{value / bound:.4g} {letter}{unit}"
+    return f"{value:.4g} {unit}"

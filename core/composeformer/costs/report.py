@@ -12,7 +12,8 @@ from composeformer.costs.economics import Assumption
 from composeformer.costs.folders import Checkpoint, checkpoint
 from composeformer.costs.layout import layout
 from composeformer.costs.pricing import Pricing
-from composeformer.costs.quantities import Quantity, Section
+from composeformer.costs.quantities import Quantity, Section, scaled
+from composeformer.costs.steps import Steps
 from composeformer.spec import Spec
 
 # Lengths that operations are told at, as far as the model goes.
@@ -53,6 +54,7 @@ class Report:
         }
         if self.is_priced:
             found |= {
+                **self._step(),
                 "run": self._run(),
                 "utilisation": self._utilisation(),
                 "development": self._development(),
@@ -148,20 +150,70 @@ class Report:
     def _memory(self) -> Section:
         placed = layout(self.spec)
         found = memory.largest(memory.training(self.spec, placed))
-        where = "of all" if placed.pipeline == 1 else f"of stage {found.stage + 1} of {placed.pipeline}, the largest"
+        where = (
+            "of all"
+            if placed.pipeline == 1
+            else f"of stage {found.stage + 1} of {placed.pipeline}, the largest"
+        )
         shared = ("nothing", "the optimizer's state", "and gradients", "and weights")[placed.zero]
-        told = f"{where}; {placed.devices:,} devices, replicas share {shared}" if placed.devices > 1 else "one device"
+        told = (
+            f"{where}; {placed.devices:,} devices, replicas share {shared}"
+            if placed.devices > 1
+            else "one device"
+        )
         section = {
             "parameters": _count(found.parameters, "parameters", told),
             "weights": _count(found.weights, "bytes", "as they are gathered to compute"),
             "gradients": _count(found.gradients, "bytes", "as they are reduced"),
-            "master weights": _count(found.master, "bytes", "that the optimizer updates, where they are wider"),
-            "moments": Quantity(value=found.moments, unit="bytes", definition="averages that the optimizer keeps"),
+            "master weights": _count(
+                found.master, "bytes", "that the optimizer updates, where they are wider"
+            ),
+            "moments": Quantity(
+                value=found.moments, unit="bytes", definition="averages that the optimizer keeps"
+            ),
             "buffers": _count(found.buffers, "bytes", "saved and not trained"),
         }
         if found.gathered:
-            section["gathered"] = _count(found.gathered, "bytes", "the largest part that is whole while it computes")
+            section["gathered"] = _count(
+                found.gathered, "bytes", "the largest part that is whole while it computes"
+            )
         return section | {"all": _count(found.total, "bytes", "activations aside")}
+
+    def _step(self) -> dict[str, Section]:
+        """A step of the run, where the spec says its sizes."""
+        train = self.spec.document.data.get("train")
+        if not (isinstance(train, dict) and "batch_size" in train):
+            return {}
+        hardware, placed = self.pricing.hardware, layout(self.spec)
+        step = Steps(self.spec, placed, hardware).slowest
+        traffic = step.traffic
+        where = (
+            "" if placed.pipeline == 1 else f"of stage {step.stage + 1} of {placed.pipeline}, the slowest; "
+        )
+        section = {"tokens": _count(traffic.tokens, "tokens", f"{where}of one device")}
+        for name, roof in step.roofs.items():
+            told = f"at least, bound by {roof.bound}: {scaled(roof.operations, 'FLOP')}, {scaled(roof.bytes, 'B')}"
+            section[name] = _count(roof.seconds, "s", told)
+        sums: dict[str, tuple[float, float]] = {}
+        for sent in traffic.sent:
+            key = f"{sent.purpose}, {sent.link} links"
+            size, seconds = sums.get(key, (0.0, 0.0))
+            sums[key] = size + sent.bytes, seconds + sent.seconds
+        links = traffic.cluster.links
+        for key, (size, seconds) in sums.items():
+            bandwidth = links["inter" if "inter" in key else "intra"].bandwidth
+            told = f"alone: {scaled(size, 'B')} of one device, {scaled(size / traffic.tokens, 'B')} a token"
+            section[f"communication: {key}"] = _count(seconds, "s", told, bandwidth.source, bandwidth.read)
+        if placed.pipeline > 1:
+            section["bubble"] = _count(step.bubble, "s", f"idle under {self.spec.parallel.schedule}")
+        section["least"] = _count(step.hidden, "s", "all communication behind computation, at peak")
+        section["least, nothing hidden"] = _count(
+            step.exposed, "s", "computation, communication and bubble in turn, at peak"
+        )
+        tokens = self.spec.train.batch_size * self.spec.train.sequence_length
+        used = tokens * self.pricing.per_token / (placed.devices * self.pricing.utilisation.achieved)
+        section["at the utilisation of the run"] = _count(used, "s", "what the run's hours imply")
+        return {"optimizer step": section}
 
     def _run(self) -> Section:
         price, config = self.pricing, self.spec.cost

@@ -1,0 +1,167 @@
+"""A step on paper: operations are the model's, bytes are the ledger's and the rings', the bubble is the schedule's."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from composeformer.contracts import Exchange
+from composeformer.costs import compute
+from composeformer.costs.counts import stated
+from composeformer.costs.hardware import load
+from composeformer.costs.layout import Layout, layout
+from composeformer.costs.report import Report
+from composeformer.costs.steps import Steps, bubble
+from composeformer.costs.traffic import Traffic, of_hardware
+from composeformer.errors import InputError
+from composeformer.spec import Spec
+
+H800 = load("h800")
+
+
+def steps(name: str, *changes: str) -> Steps:
+    spec = Spec.load(name, list(changes))
+    return Steps(spec, layout(spec), H800)
+
+
+def test_deepseek_v3s_step_is_its_published_one_at_the_published_utilisation() -> None:
+    """19.926 seconds of arXiv 2505.09343, table 4; at peak and with nothing hidden, bounds on both sides."""
+    section = Report(Spec.load("deepseek-v3")).sections["optimizer step"]
+    seconds = {name: quantity.value for name, quantity in section.items()}
+    assert seconds["tokens"] == 15360 * 4096 // 128
+    assert seconds["at the utilisation of the run"] == pytest.approx(19.926, rel=1e-3)
+    assert seconds["least"] < 19.926 < seconds["least, nothing hidden"]
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    pipeline=st.integers(1, 4),
+    rows=st.integers(1, 3),
+    length=st.integers(1, 64),
+    micro=st.sampled_from([1, 2]),
+)
+def test_stages_together_do_the_models_operations(pipeline: int, rows: int, length: int, micro: int) -> None:
+    changes = {"parallel.pipeline": pipeline, "train.sequence_length": length, "train.micro_batches": micro}
+    spec = Spec.load("tiny-deepseek-v3").with_({**changes, "train.batch_size": rows * micro})
+    if pipeline > len(spec.layers):
+        return
+    made = Steps(spec, layout(spec), H800)
+    found = sum(roof.operations for stage in range(pipeline) for roof in made._stage(stage).roofs.values())
+    each = compute.total(compute.forward(spec, context=length, predictor=True, routers=True))
+    assert found == pytest.approx(3 * each * rows * micro * length)
+
+
+def test_experts_send_what_their_backend_declares() -> None:
+    changes = ["parallel.expert=4", "train.batch_size=8", "train.sequence_length=32", "cost.gpus=4"]
+    spec = Spec.load("tiny-deepseek-v3", changes).with_(comm={"kind": "collective", "ranks_per_node": 2})
+    placed = layout(spec)
+    traffic = Traffic(spec, placed, H800, 0)
+    assert traffic.tokens == 2 * 32
+    config: Any = spec.single("comm").config
+    wanted = {"intra": 0.0, "inter": 0.0}
+    for node in spec.plan.nodes():
+        moved = [cost for cost in stated(node, "train") if isinstance(cost, Exchange)]
+        if moved:
+            groups = next(linear.groups for linear in node.linears.values() if linear.shard == "group")
+            limit = traffic._limit(node)
+            ledger = config.expected(moved, tokens=64, groups=groups, ranks=4, activation=2, nodes=limit)
+            for link in wanted:
+                wanted[link] += ledger.volume(link=link).sent  # type: ignore[arg-type]
+    found = {sent.link: sent.bytes for sent in traffic.sent if sent.purpose == "experts"}
+    assert found == {link: pytest.approx(size) for link, size in wanted.items()}
+    assert found["intra"] > 0
+
+
+def test_rings_of_replicas_send_their_share() -> None:
+    """Two replicas of everything, in fp32: an all-reduce of gradients; half with ZeRO; weights for every pass with 3."""
+    count = Report(Spec.load("tiny-llama")).counts.total
+
+    def moved(zero: int) -> dict[str, float]:
+        spec = Spec.load(
+            "tiny-llama",
+            ["cost.gpus=2", "train.batch_size=4", "train.micro_batches=2", f"parallel.zero={zero}"],
+        )
+        sent = Traffic(spec, layout(spec), H800, 0).sent
+        assert {each.link for each in sent} == {"intra"}
+        return {each.purpose: each.bytes for each in sent}
+
+    half = 4 * count / 2
+    assert moved(0) == {"gradients": 2 * half}
+    assert moved(1) == moved(2) == {"gradients": half, "weights": half}
+    assert moved(3) == {"gradients": half, "weights": 4 * half}
+
+
+def test_devices_that_share_maps_sum_their_outputs() -> None:
+    spec = Spec.load(
+        "tiny-llama", ["parallel.tensor=2", "cost.gpus=2", "train.batch_size=1", "train.sequence_length=8"]
+    )
+    sent = {each.purpose: each for each in Traffic(spec, layout(spec), H800, 0).sent}
+    # Two maps a layer whose outputs are summed, forward and backward: an all-reduce of 8 tokens of 64 in bfloat16.
+    assert sent["activations"].bytes == 3 * 2 * 2 * (8 * 64 * 2) * 2 * (1 / 2)
+    assert sent["activations"].link == "intra"
+
+
+def test_a_middle_stage_sends_both_ways_and_an_end_one() -> None:
+    spec = Spec.load("tiny-llama", ["parallel.pipeline=3", "train.batch_size=2", "train.sequence_length=16"])
+    found = [
+        sum(each.bytes for each in Traffic(spec, layout(spec), H800, stage).sent if each.purpose == "stages")
+        for stage in range(3)
+    ]
+    assert found == [2 * 16 * 64 * 2, 2 * 2 * 16 * 64 * 2, 2 * 16 * 64 * 2]
+
+
+@given(st.integers(2, 64), st.integers(1, 200), st.floats(0.1, 100.0))
+def test_bubbles_are_those_of_their_schedules(stages: int, micro: int, seconds: float) -> None:
+    forward = seconds / micro / 3
+    plain, zero, dual = (bubble(name, stages, micro, seconds) for name in ("1f1b", "zero-bubble", "dualpipe"))
+    assert plain == pytest.approx((stages - 1) * 3 * forward)
+    assert zero == pytest.approx((stages - 1) * (1 + 2 - 2) * forward)
+    assert dual == pytest.approx((stages / 2 - 1) * (3 + 2 - 3) * forward, abs=1e-12)
+    assert dual <= zero <= plain
+    assert bubble("1f1b", 1, micro, seconds) == 0
+
+
+def test_a_component_is_bound_by_what_is_slower() -> None:
+    """A single token reads all weights for few products; many tokens read them once."""
+    few = steps("llama-3.1-8b", "train.batch_size=1", "train.sequence_length=1").slowest
+    many = steps("llama-3.1-8b", "train.batch_size=64", "train.sequence_length=4096").slowest
+    assert {roof.bound for roof in few.roofs.values()} == {"memory"}
+    assert many.roofs["ffn swiglu"].bound == "compute"
+    for roof in (*few.roofs.values(), *many.roofs.values()):
+        assert roof.seconds == max(roof.compute_seconds, roof.memory_seconds)
+
+
+def test_narrow_formats_are_multiplied_at_their_own_peak() -> None:
+    given = ("train.batch_size=64", "train.sequence_length=4096")
+    wide = steps("llama-3.1-8b", *given, "precision.kind=bf16").slowest.roofs["ffn swiglu"]
+    narrow = steps("llama-3.1-8b", *given, "precision.kind=fp8-block").slowest.roofs["ffn swiglu"]
+    assert narrow.compute_seconds == pytest.approx(wide.compute_seconds / 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["cost.gpus=3"], "train.batch_size = 8: must be a multiple of the replicas (3)"),
+        (["train.micro_batches=3"], "train.micro_batches = 3: must divide the sequences of a replica (8)"),
+        (
+            ["train.sequence_length=1024"],
+            "train.sequence_length = 1024: must be <= max_position_embeddings (512)",
+        ),
+    ],
+)
+def test_steps_that_can_not_be_shared_out_are_one_clear_error(changes: list[str], told: str) -> None:
+    with pytest.raises(InputError) as refused:
+        _ = steps("tiny-llama", *changes).slowest
+    assert told in str(refused.value)
+
+
+def test_hardware_without_a_cluster_profile_has_links_of_its_own_numbers() -> None:
+    found = of_hardware(load("mi300x"))
+    assert found.ranks_per_node == 8
+    assert found.links["intra"].bandwidth.value == 4.48e11
+    assert found.links["inter"].bandwidth.value == 5e10
+    spec = Spec.load("tiny-llama", ["cost.gpus=2", "train.batch_size=2"])
+    traffic = Traffic(spec, Layout(spec=spec, devices=2), load("mi300x"), 0)
+    (sent,) = [each for each in traffic.sent if each.purpose == "gradients"]
+    assert sent.seconds == sent.bytes / 4.48e11
