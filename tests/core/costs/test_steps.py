@@ -74,7 +74,7 @@ def test_experts_send_what_their_backend_declares() -> None:
 
 
 def test_rings_of_replicas_send_their_share() -> None:
-    """Two replicas of everything, in fp32: an all-reduce of gradients; half with ZeRO; weights for every pass with 3."""
+    """Two replicas, in fp32: an all-reduce of gradients; half of it with ZeRO; weights for every pass with ZeRO-3."""
     count = Report(Spec.load("tiny-llama")).counts.total
 
     def moved(zero: int) -> dict[str, float]:
