@@ -39,6 +39,7 @@ COMPONENTS = (
         NextToken,
         (Implementation("reference", "composeformer_training.next_token:NextTokenLoss"),),
         summary="cross-entropy of the next token",
+        claims=("next-token", "renamed", "shift"),
         default=True,
     ),
     Component(
@@ -50,6 +51,7 @@ COMPONENTS = (
             Implementation("fused", "composeformer_training.adamw:make_fused", needs=fused_needs),
         ),
         summary="Adam with decoupled weight decay, on matrices alone",
+        claims=("each-alone", "elementwise", "still-at-zero", "moments", "scale-free", "adam"),
         default=True,
     ),
 )
