@@ -8,12 +8,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from composeformer.contracts import Weight
 from composeformer.dialects import load_all
 from composeformer.dialects.transfer import Lookup, taken
 from composeformer.errors import DialectError, FolderError, one_of, show
 from composeformer.spec import Spec
 from composeformer.store.decoding import Checked, spelled
 from composeformer.store.lock import NATIVE
+from composeformer.tensors import DTYPES
 
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -71,9 +73,7 @@ def lookup(spec: Spec, dialect: str, source: Tensors, where: Path) -> Lookup:
         for place, part in enumerate(parts)
     }
     if dialect == NATIVE:
-        _check_dtypes(
-            {name: w.dtype if name in places else None for name, w in formats.stored.items()}, source, where
-        )
+        _check_dtypes({name: _exact(w, name in places) for name, w in formats.stored.items()}, source, where)
         _account(spec, source, where)
         checked = Checked(source, places, where)
         return Lookup(lambda name, groups: taken(checked, name, groups))
@@ -91,6 +91,12 @@ def lookup(spec: Spec, dialect: str, source: Tensors, where: Path) -> Lookup:
         _check_dtypes({name: dtype for names, _, dtype in moved for name in names}, source, where)
         theirs = {name: places[ours] for names, ours, _ in moved if ours in places for name in names}
         return known[dialect].lookup(spec, Checked(source, theirs, where) if theirs else source)
+
+
+def _exact(weight: Weight, coded: bool) -> str | None:
+    """The one dtype that a tensor is stored in: of codes, and of what a part declares as integers; None for weights."""
+    integers = weight.dtype is not None and DTYPES[weight.dtype] not in WEIGHT_DTYPES
+    return weight.dtype if coded or integers else None
 
 
 def _account(spec: Spec, source: Tensors, where: Path) -> None:
