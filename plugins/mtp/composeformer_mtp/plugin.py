@@ -13,6 +13,7 @@ COMPONENTS = (
         MTP,
         (Implementation("reference", "composeformer_mtp.module:MultiTokenPrediction"),),
         summary="sequential modules that each predict one token further",
+        claims=("own-head", "from-hidden", "embedding-first", "sequential"),
         strategy="composeformer_mtp.testing:predictors",
     ),
 )

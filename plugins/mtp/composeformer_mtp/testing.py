@@ -6,6 +6,6 @@ from hypothesis import strategies as st
 
 
 def predictors() -> st.SearchStrategy[dict[str, Any]]:
-    """`mtp`, of one or two depths."""
-    more = {"depth": st.integers(1, 2), "loss_weight": st.sampled_from([0.3, 0.0, 1.0])}
-    return st.fixed_dictionaries({"kind": st.just("mtp")}, optional=more)
+    """`mtp`, of one to three depths."""
+    fixed = {"kind": st.just("mtp"), "depth": st.integers(1, 3)}
+    return st.fixed_dictionaries(fixed, optional={"loss_weight": st.sampled_from([0.3, 0.0, 1.0])})
