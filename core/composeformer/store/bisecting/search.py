@@ -55,9 +55,10 @@ def explain(model: Model, against: Model, ids: Tensor, valid: Tensor, tolerance:
 
 def _best(bench: Bench, offered: Sequence[Change]) -> tuple[Changes, list[Change]]:
     """Changes that together agree furthest, and all that were tried."""
-    tried = list(offered)
+    tried: list[Change] = []
     best: Changes = ()
     for change in offered:
+        tried.append(change)
         if bench.run((change,)).full:
             return (change,), tried
         best = _further(bench, (change,), best)
