@@ -1,16 +1,10 @@
-"""Rotary positions: transformers' tables to the bit, the closed form after any cast, laws of rotation."""
-
-from math import log, pi
+"""Rotary positions: transformers' tables and rotations to the bit; what they are is in the laws of positions."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from composeformer.errors import SpecError
 from composeformer.tensors import Rotary
-
-quick = settings(max_examples=5, deadline=None, derandomize=True)
 
 LLAMA31 = {
     "factor": 8.0,
@@ -84,97 +78,6 @@ def test_tables_equal_transformers_to_the_bit(lab, name, width):
     assert torch.equal(torch.cat([ours.sin, ours.sin], -1), sin)
 
 
-def closed_form(kind, theta, width, values):
-    """Frequencies in float64 from the papers' formulas, and the amplitude; written apart from the code."""
-    base = [theta ** (-2 * i / width) for i in range(width // 2)]
-    factor = values.get("factor", 1.0)
-    original = values.get("original_max_position_embeddings", 0)
-    if kind == "linear":
-        return [f / factor for f in base], 1.0
-    if kind == "llama3":
-        low, high = values["low_freq_factor"], values["high_freq_factor"]
-        mixed = []
-        for f in base:
-            share = min(max((original * f / (2 * pi) - low) / (high - low), 0.0), 1.0)
-            mixed.append(f * (share + (1 - share) / factor))
-        return mixed, 1.0
-    if kind == "yarn":
-        fast, slow = values.get("beta_fast", 32.0), values.get("beta_slow", 1.0)
-        low, high = (width * log(original / (b * 2 * pi)) / (2 * log(theta)) for b in (fast, slow))
-        if values.get("truncate", True):
-            low, high = low // 1, -(-high // 1)
-        low, high = max(low, 0), min(high, width - 1)
-        ramp = [min(max((i - low) / ((high - low) or 0.001), 0.0), 1.0) for i in range(width // 2)]
-        strength = [0.1 * values.get(m, 1.0) * log(factor) + 1 for m in ("mscale", "mscale_all_dim")]
-        both = "mscale" in values and "mscale_all_dim" in values
-        amplitude = values.get(
-            "attention_factor", strength[0] / strength[1] if both else 0.1 * log(factor) + 1
-        )
-        return [f * (1 - r + r / factor) for f, r in zip(base, ramp, strict=True)], amplitude
-    return base, 1.0
-
-
-@kinds
-def test_tables_are_the_papers_formulas(lab, name):
-    """Within the rounding of one angle to fp32 at each position."""
-    kind, theta, values = KINDS[name]
-    frequencies, amplitude = closed_form(kind, theta, 64, values)
-    angles = LONG[..., None].double() * torch.tensor(frequencies, dtype=torch.float64)
-    found = position(lab, 64, name)(LONG)
-    bound = 2e-6 + angles * 4e-7
-    assert ((found.cos - angles.cos() * amplitude).abs() <= bound).all()
-    assert ((found.sin - angles.sin() * amplitude).abs() <= bound).all()
-
-
-@kinds
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
-def test_tables_stay_fp32_after_any_cast_and_after_a_meta_build(lab, name, dtype):
-    from composeformer.assemble import build
-
-    wanted = position(lab, 64, name)(LONG)
-    module = position(lab, 64, name, dtype)
-    for cast in (module, module.bfloat16(), module.half().to(torch.float64), module.to_empty(device="cpu")):
-        found = cast(LONG)
-        assert found.cos.dtype == torch.float32
-        assert torch.equal(found.cos, wanted.cos)
-        assert torch.equal(found.sin, wanted.sin)
-    assert not list(module.buffers())
-    kind, theta, values = KINDS[name]
-    mixer = {"kind": "gqa", "num_heads": 1, "head_dim": 64}
-    spec = lab.spec(position={"kind": kind, "theta": theta, **values}, mixer=mixer)
-    meta = build(spec, device="meta").layers[0].mixer.position
-    assert torch.equal(meta(LONG).sin, wanted.sin)
-
-
-@kinds
-@pytest.mark.parametrize("layout", ["half-split", "interleaved"])
-@quick
-@given(start=st.integers(0, 500), distance=st.integers(0, 500), shift=st.integers(0, 500))
-def test_scores_depend_on_distance_alone(lab, name, layout, start, distance, shift):
-    module = position(lab, 8, name, layout=layout)
-    generator = torch.Generator().manual_seed(start)
-    q, k = (torch.randn(1, 1, 1, 8, generator=generator, dtype=torch.float64) for _ in range(2))
-
-    def score(i, j):
-        return (
-            module.rotate(q, module(torch.tensor([[i]]))) * module.rotate(k, module(torch.tensor([[j]])))
-        ).sum()
-
-    here, there = score(start + distance, start), score(start + distance + shift, start + shift)
-    # Angles are rounded to fp32: 1500 * 2^-24, twice, for features of norm about 3 and amplitudes below 1.6.
-    assert (here - there).abs() <= 1e-3 * max(1.0, float(q.norm() * k.norm()))
-
-
-@kinds
-@pytest.mark.parametrize("layout", ["half-split", "interleaved"])
-def test_inverse_undoes_rotation(lab, close, name, layout):
-    module = position(lab, 12, name, layout=layout, fraction=0.7)
-    x = torch.randn(1, 10, 3, 12, dtype=torch.float64)
-    table = module(LONG)
-    assert not torch.equal(module.rotate(x, table), x)
-    close(module.rotate(module.rotate(x, table), table, inverse=True), x, 1e-6)
-
-
 @kinds
 def test_rotation_equals_transformers(lab, name):
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -185,39 +88,6 @@ def test_rotation_equals_transformers(lab, name):
     table = module(LONG)
     for found, expected in zip((module.rotate(q, table), module.rotate(k, table)), wanted, strict=True):
         assert torch.equal(found, expected)
-
-
-def test_layouts_are_equal_after_a_permutation(lab):
-    half, interleaved = (position(lab, 10, layout=layout) for layout in ("half-split", "interleaved"))
-    order = torch.arange(10).view(2, 5).T.flatten()  # 0 5 1 6 2 7 ...
-    x, table = torch.randn(2, 10, 3, 10), half(LONG)
-    assert torch.equal(interleaved.rotate(x[..., order], table), half.rotate(x, table)[..., order])
-
-
-@pytest.mark.parametrize("layout", ["half-split", "interleaved"])
-def test_a_fraction_turns_the_first_features_only(lab, layout):
-    part, whole = position(lab, 16, layout=layout, fraction=0.5), position(lab, 8, layout=layout)
-    x = torch.randn(1, 10, 2, 16)
-    y, table = part.rotate(x, part(LONG)), part(LONG)
-    assert table.cos.shape == (1, 10, 4)
-    assert torch.equal(y[..., 8:], x[..., 8:])
-    assert torch.equal(y[..., :8], whole.rotate(x[..., :8], table))
-
-
-def test_a_rotation_is_rounded_once(lab):
-    """In bfloat16 the result is the fp32 rotation rounded, for tables are never cast."""
-    module, x = position(lab, 16), torch.randn(1, 10, 2, 16).bfloat16()
-    found = module.rotate(x, module(LONG))
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, module.rotate(x.float(), module(LONG)).bfloat16())
-
-
-def test_a_factor_of_one_is_plain_rope(lab):
-    plain, linear = position(lab, 32)(LONG), position(lab, 32, "linear", factor=1.0)(LONG)
-    assert torch.equal(linear.cos, plain.cos)
-    # YaRN's blend of two equal frequencies may round: one unit of fp32 at each angle.
-    yarn = position(lab, 32, "yarn-of-one")(LONG)
-    assert ((yarn.sin - plain.sin).abs() <= 1e-6 + 2**-23 * LONG[..., None]).all()
 
 
 def test_none_leaves_features_alone(lab, close):
@@ -231,7 +101,7 @@ def test_none_leaves_features_alone(lab, close):
 
 
 def test_positions_change_what_rope_attends_to(lab):
-    """So that the law above is not true of any position part."""
+    """Where `none` attends to the same."""
     model, x = lab.model(), lab.stream(1, 6)
     assert (lab.mix(model, x, positions=torch.arange(6)[None] * 3) - lab.mix(model, x)).abs().max() > 1e-3
 
