@@ -127,8 +127,8 @@ class Linear:
 class Weight:
     """A tensor that is no linear map: a norm's scale, a table, a sink.
 
-    `dtype` fixes the dtype whatever the policy says. With `trains=False` it is a buffer: saved, moved,
-    never in `parameters()`. `same_as` is the full name of the tensor that this one is.
+    `dtype` fixes the dtype whatever the policy says, and no cast of the model changes it. With `trains=False` it is a
+    buffer: saved, moved, never in `parameters()`. `same_as` is the full name of the tensor that this one is.
     """
 
     name: str

@@ -4,9 +4,10 @@ One call shape: token ids (B, T), with positions, documents and a mask where the
 decoding. Rotary tables are made once per forward, in fp32.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Int
@@ -80,6 +81,19 @@ class Model(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `half` and the like do; a cast leaves what a part declares in a dtype of its own as it is."""
+        tensors = chain(self.named_parameters(), self.named_buffers())
+        declared = self.spec.plan.tensors
+        fixed = [name for name, _ in tensors if name in declared and declared[name].dtype is not None]
+        before = {name: _named(self, name).data for name in fixed}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = _named(self, name)
+            if new.dtype != old.dtype:
+                new.data = old.to(new.device)
+        return self
 
     def forward(
         self,
@@ -188,3 +202,10 @@ class Model(nn.Module):
                 told = f"new_cache gives a {type(caches[path]).__name__} without {one_of(lacking)}"
                 raise PluginError(f"{described(self.spec.registry, node.part, path)}: {told}")
         return ModelCache(caches, batch_size, max_length, self.device, max_rollback)
+
+
+def _named(module: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of that full name."""
+    path, _, attribute = name.rpartition(".")
+    found: Tensor = getattr(module.get_submodule(path), attribute)
+    return found

@@ -172,6 +172,24 @@ class _Bound:
 
 
 @mutant(
+    "cast-rounds-the-bias",
+    "router",
+    "sigmoid-bias",
+    "a cast of the model rounds the balancing bias, which is to stay in float32",
+    source="pitfalls 2, row 4: Megatron-LM issue 1482",
+)
+def cast_rounds_the_bias() -> Iterator[None]:
+    def wrong(_: Any) -> Any:
+        return nn.Module._apply
+
+    with (
+        replaced("composeformer.decoder:Model._apply", wrong),
+        replaced("composeformer_moe.sigmoid_bias:SigmoidBiasRouter._apply", wrong),
+    ):
+        yield
+
+
+@mutant(
     "initial-values-of-the-process",
     "ffn",
     "swiglu",

@@ -218,22 +218,6 @@ def test_cost_counts_the_products_and_the_cache(lab):
     assert held.layers[0].mixer.new_cache(3, 100).num_bytes == 3 * cache.elements(100) * 8
 
 
-def test_declared_products_are_those_pytorch_counts(lab):
-    """In the convention of PyTorch's counter: a full mask."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    spec = lab.spec(
-        mixer={"kind": "gqa", "num_heads": 6, "num_kv_heads": 2, "head_dim": 4, "implementation": "reference"}
-    )
-    model = lab.model(mixer=spec.document.data["mixer"])
-    node = spec.plan.layers[0]["mixer"]
-    (core, _) = node.part.config.cost(node.site, "train")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        lab.mix(model, lab.stream(2, 9))
-    declared = sum(linear.flops for linear in node.linears.values()) + core.flops(9, causal=False)
-    assert counter.get_total_flops() == 2 * 9 * declared
-
-
 def test_output_projections_start_smaller_with_depth(lab):
     """The documented scheme: GPT-2's."""
     spec = lab.spec(layers=[{"repeat": 8}])

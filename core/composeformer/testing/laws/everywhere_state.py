@@ -117,6 +117,27 @@ def saved(case: Case) -> None:
 
 @law(
     EVERYWHERE,
+    "cast",
+    "a cast of the model leaves what is declared in a dtype of its own as it is, and casts all else",
+    kills="cast-rounds-the-bias",
+    applies=uncalled,
+    examples=5,
+)
+def cast(case: Case) -> None:
+    declared = case.spec.plan.tensors
+    for dtype in (torch.bfloat16, torch.float64):
+        model = deepcopy(case.model).to(dtype)
+        built = model.state_dict()
+        for name, before in case.model.state_dict().items():
+            weight = declared.get(case.spec.plan.aliases.get(name, name))
+            if weight is not None and weight.dtype is None and before.is_floating_point():
+                case.equal(built[name].dtype, dtype, f"the dtype of {name}, cast")
+            else:
+                case.equal(built[name], before, f"{name} in a model that is cast")
+
+
+@law(
+    EVERYWHERE,
     "seed",
     "initial values follow from the seed alone: the same again, others for another, whatever else is drawn",
     kills="initial-values-of-the-process",
