@@ -5,7 +5,7 @@ from typing import Any
 
 import attrs
 
-from composeformer.costs.difference import Difference
+from composeformer.costs.difference import Difference, Pair
 from composeformer.costs.economics import Quantiles
 from composeformer.costs.quantities import Quantity, Section, scaled
 from composeformer.costs.report import Report
@@ -113,14 +113,11 @@ def difference_markdown(found: Difference) -> str:
     changes = ((each.what, each.where, each.first, each.second) for each in found.changes)
     parts.append("## Structure\n\n" + _table(("", "", *names), changes))
     for title in dict.fromkeys(pair.section for pair in found.pairs):
-        rows = (
-            (
-                p.name,
-                *("" if q is None else shown(q) for q in (p.first, p.second)),
-                "" if p.ratio is None else f"{p.ratio:.3g}",
-            )
-            for p in found.pairs
-            if p.section == title
-        )
-        parts.append(f"## {title[:1].upper()}{title[1:]}\n\n" + _table(("", *names, "ratio"), rows))
+        own = [pair for pair in found.pairs if pair.section == title]
+        parts.append(f"## {title[:1].upper()}{title[1:]}\n\n" + _table(("", *names, "ratio"), map(_pair, own)))
     return "\n\n".join(parts) + "\n"
+
+
+def _pair(pair: Pair) -> list[str]:
+    values = ["" if each is None else shown(each) for each in (pair.first, pair.second)]
+    return [pair.name, *values, "" if pair.ratio is None else f"{pair.ratio:.3g}"]

@@ -121,8 +121,8 @@ class Report:
         longest = self.spec.model.max_position_embeddings
         for length in CONTEXTS:
             if self.context < length <= longest:
-                work = 3 * compute.total(compute.forward(self.spec, context=length))
-                found[f"training at {length:,} tokens"] = _flops(work, "three forwards, causal")
+                longer = 3 * compute.total(compute.forward(self.spec, context=length))
+                found[f"training at {length:,} tokens"] = _flops(longer, "three forwards, causal")
         for name in compute.unknown(self.spec):
             found[f"products of {name}"] = Quantity(
                 value=None, unit="FLOP", definition="its plugin does not say"

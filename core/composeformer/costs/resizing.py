@@ -187,7 +187,7 @@ def read_swap(text: str) -> dict[str, dict[str, Any]]:
 
 
 def _entries(entries: Any) -> list[dict[str, Any]]:
-    found = []
+    found: list[dict[str, Any]] = []
     for entry in entries:
         found += _entries(entry["layers"]) if "layers" in entry else [entry]
     return found
