@@ -6,6 +6,7 @@ import click
 
 from composeformer import lazy
 from composeformer.cli.options import console, json_option, print_json
+from composeformer.discovery import canonical
 from composeformer.errors import InputError, nearest, one_of
 from composeformer.hookspecs import API_VERSION
 
@@ -59,15 +60,21 @@ def list_command(as_json: bool = False) -> None:
 def info_command(name: str, as_json: bool) -> None:
     from composeformer.plugins import current
 
-    infos = {info.name: info for info in current().infos}
-    if name not in infos:
-        near = nearest(name, infos)
+    infos = current().infos
+    asked = canonical(name)
+    named = [info for info in infos if asked == canonical(info.name)]
+    found = named or [info for info in infos if asked in (canonical(info.distribution), canonical(info.selector))]
+    if not found:
+        names = dict.fromkeys(known for info in infos for known in (info.name, info.distribution))
+        near = nearest(name, names)
         hint = f"; did you mean {near!r}?" if near else ""
-        raise InputError(f"{name}: no plugin has this name; installed: {one_of(infos)}{hint}")
+        raise InputError(f"{name}: no plugin has this name; installed: {one_of(i.name for i in infos)}{hint}")
+    if len(found) > 1:
+        raise InputError(f"{name}: has several plugins: {one_of(info.selector for info in found)}")
     if as_json:
-        print_json(_document(infos[name], fields=True))
+        print_json(_document(found[0], fields=True))
         return
-    _print_info(infos[name])
+    _print_info(found[0])
 
 
 def _document(info: Any, fields: bool = False) -> dict[str, Any]:
@@ -130,9 +137,8 @@ def _print_info(info: Any) -> None:
         screen.print(escape(info.cause))
     for component in info.components:
         names = ", ".join(i.name for i in component.implementations)
-        table = Table(
-            title=f"{component.slot} {component.kind}: {component.summary} [{names}]", title_justify="left"
-        )
+        title = f"{component.slot} {component.kind}: {component.summary} [{names}]"
+        table = Table(title=escape(title), title_justify="left")
         for column in ("field", "allowed", "default", "meaning"):
             table.add_column(column, overflow="fold")
         for name, facts in facts_of(component.config).items():

@@ -18,6 +18,8 @@ from composeformer.hookspecs import API_RANGE
 from composeformer.scaffold import STARTS, create, named
 from composeformer.scaffold.writing import rendered
 
+from .conftest import Site
+
 WHOLE = {
     ".gitignore",
     "README.md",
@@ -178,3 +180,17 @@ def test_every_name_that_is_taken_makes_modules_of_python(name: str, slot: str) 
             compile(text, place, "exec")
         if place.endswith(".toml"):
             tomli.loads(text)
+
+
+def test_a_plugin_is_told_of_by_its_distribution_as_well(written: Site) -> None:
+    for name in ("my_ffn", "My.FFN", "my-ffn:my_ffn"):
+        done = written.run("-m", "composeformer", "plugins", "info", name, "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["name"] == "my_ffn"
+    done = written.run("-m", "composeformer", "plugins", "info", "my-ffn")
+    assert "ffn my-ffn: two maps around a squared relu [reference]" in done.stdout
+    done = written.run("-m", "composeformer", "plugins", "info", "composeformer")
+    assert done.returncode == 2
+    assert done.stderr.startswith("compose: composeformer: has several plugins: composeformer:attention_mla, ")
+    done = written.run("-m", "composeformer", "plugins", "info", "my-fn")
+    assert done.stderr.endswith("did you mean 'my-ffn'?\n")
