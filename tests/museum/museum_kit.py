@@ -12,7 +12,10 @@ from typing import Any
 
 import attrs
 
-from composeformer.testing import Finding, Subject, examine, laws_for, subject
+from composeformer.testing import Finding, Subject, examine, subject
+from composeformer.testing.certificate import laws_to_try
+from composeformer.testing.law import MODEL
+from composeformer.testing.models import ANY, Models, models
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -31,15 +34,22 @@ class Mutant:
     by: str = ""
 
     @property
-    def subject(self) -> Subject:
-        return subject(self.slot, self.kind, self.implementation)
+    def subject(self) -> Subject | Models:
+        return models()[0] if self.slot == MODEL else subject(self.slot, self.kind, self.implementation)
 
 
 MUTANTS: dict[str, Mutant] = {}
 
 
 def mutant(
-    name: str, slot: str, kind: str, told: str, *, source: str, implementation: str = "reference", by: str = ""
+    name: str,
+    slot: str,
+    kind: str,
+    told: str,
+    *,
+    source: str,
+    implementation: str = "reference",
+    by: str = "",
 ) -> Callable[[Callable[[], Iterator[None]]], Mutant]:
     """Registers a generator function as the context of a mutant."""
 
@@ -59,6 +69,13 @@ def mutant(
         return MUTANTS[name]
 
     return make
+
+
+def model_mutant(
+    name: str, told: str, *, source: str, implementation: str = ANY, by: str = ""
+) -> Callable[[Callable[[], Iterator[None]]], Mutant]:
+    """The same for a bug that whole models show."""
+    return mutant(name, MODEL, ANY, told, source=source, implementation=implementation, by=by)
 
 
 @contextmanager
@@ -90,7 +107,7 @@ def everything() -> dict[str, Mutant]:
 
 def kill(found: Mutant, examples: int | None = None) -> Finding | None:
     """What the first law that it breaks says of a mutant: those that name it first. None where it survives."""
-    named = laws_for(found.subject.component)
+    named = laws_to_try(found.subject)
     laws = sorted(named, key=lambda law: (law.kills != found.name, law.id != found.by))
     with found.wrong():
         for law in laws:
@@ -100,4 +117,4 @@ def kill(found: Mutant, examples: int | None = None) -> Finding | None:
     return None
 
 
-__all__ = ["MUTANTS", "Mutant", "everything", "kill", "mutant", "replaced"]
+__all__ = ["MUTANTS", "Mutant", "everything", "kill", "model_mutant", "mutant", "replaced"]

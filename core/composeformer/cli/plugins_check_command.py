@@ -23,14 +23,15 @@ def command(
         import hypothesis  # noqa: F401
     except ImportError:
         raise MissingExtra("hypothesis", "laws", "trying laws") from None
-    from composeformer.testing.certificate import Certificate, certify
+    from composeformer.testing.certificate import Certificate, certify, laws_to_try
     from composeformer.testing.foreign import DIALECT, NAMES, dialect_findings
-    from composeformer.testing.law import laws_for
-    from composeformer.testing.subject import subjects
+    from composeformer.testing.models import Models, models
+    from composeformer.testing.subject import Subject, subjects
 
     brought = list(subjects(plugin))
-    tried = [each for each in brought if slot in (None, each.slot)]
-    total = 1 if only else sum(len(laws_for(each.component)) for each in tried)
+    every: list[Subject | Models] = [*brought, *models(plugin)]
+    tried = [each for each in every if slot in (None, each.slot)]
+    total = 1 if only else sum(len(laws_to_try(each)) for each in tried)
     findings = []
     with progress("laws") as advance:
         for finding in certify(tried, examples=examples, seed=seed, only=only) if only != NAMES else ():

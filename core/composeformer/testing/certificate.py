@@ -23,7 +23,8 @@ from composeformer.errors import ComposeError
 from composeformer.registry import Registry
 from composeformer.testing.case import Case
 from composeformer.testing.drawing import Draw, Drawn, Given
-from composeformer.testing.law import Law, LawBroken, find_law, laws_for
+from composeformer.testing.law import MODEL, Law, LawBroken, find_law, laws_for, model_laws
+from composeformer.testing.models import ModelCase, Models, models
 from composeformer.testing.subject import Subject, subject
 
 Verdict = Literal["held", "broken", "does not apply"]
@@ -106,15 +107,15 @@ class Certificate:
 class _Trial:
     """What is remembered over the cases of one law."""
 
-    def __init__(self, law: Law, tried: Subject) -> None:
-        self.law, self.subject = law, tried
+    def __init__(self, law: Law, tried: Subject | Models) -> None:
+        self.law, self.tried = law, tried
         self.cases = 0
         self.error = self.bound = 0.0
         self.refusals: list[str] = []
         self.failure: tuple[dict[str, Any], BaseException, str | None] | None = None
 
     def run(self, draw: Draw) -> None:
-        case = Case(self.subject, draw)
+        case = ModelCase(self.tried, draw) if isinstance(self.tried, Models) else Case(self.tried, draw)
         try:
             self.law.run(case)
         except Exception as error:
@@ -125,17 +126,19 @@ class _Trial:
             self.error, self.bound = case.error, case.bound
             raise
         self.cases += self.failure is None
-        if case.error * self.bound >= self.error * case.bound:
+        if (case.error or case.bound) and case.error * self.bound >= self.error * case.bound:
             self.error, self.bound = case.error, case.bound
 
 
 def examine(
-    law: Law, tried: Subject, *, examples: int | None = None, seed: int = 0, shrink: bool = True
+    law: Law, tried: Subject | Models, *, examples: int | None = None, seed: int = 0, shrink: bool = True
 ) -> Finding:
-    """Tries a law on a part, in `examples` cases or the law's own number. Raises nothing that the part does wrong."""
+    """Tries a law on a part, or on whole models, in `examples` cases or the law's own number. Raises nothing that
+    those do wrong.
+    """
     begun = time.monotonic()
     trial = _Trial(law, tried)
-    why = law.applies(tried) if law.applies is not None else None
+    why = law.applies(tried) if law.applies is not None and isinstance(tried, Subject) else None
 
     def finding(verdict: Verdict, why: str = "", **more: Any) -> Finding:
         return Finding(
@@ -156,7 +159,7 @@ def examine(
 
     if why is not None:
         return finding("does not apply", why)
-    phases = (Phase.generate, Phase.shrink) if shrink else (Phase.generate,)
+    phases = (Phase.generate, Phase.shrink) if shrink and law.shrinks else (Phase.generate,)
 
     @hypothesis.seed(seed)
     @settings(
@@ -190,13 +193,18 @@ def examine(
     return finding("held")
 
 
+def laws_to_try(tried: Subject | Models) -> tuple[Law, ...]:
+    """The laws of a part, or of whole models. Raises InputError for a claim that is no law."""
+    return model_laws() if isinstance(tried, Models) else laws_for(tried.component)
+
+
 def certify(
-    tried: Iterable[Subject], *, examples: int | None = None, seed: int = 0, only: str | None = None
+    tried: Iterable[Subject | Models], *, examples: int | None = None, seed: int = 0, only: str | None = None
 ) -> Iterator[Finding]:
     """Tries every law of every part, or the law `only`. Raises InputError for a law or a claim that there is not."""
     wanted = None if only is None else find_law(only)
     for each in tried:
-        for law in laws_for(each.component):
+        for law in laws_to_try(each):
             if wanted is None or law is wanted:
                 yield examine(law, each, examples=examples, seed=seed)
 
@@ -212,7 +220,11 @@ def replay(
 ) -> None:
     """Runs a law on the values of a counterexample. Raises what the law raises, LawBroken or a part's own error."""
     with poisoned():
-        find_law(law).run(Case(subject(slot, kind, implementation, registry), Given(values)))
+        if slot == MODEL:
+            (whole,) = models(kind, registry)
+            find_law(law).run(ModelCase(whole, Given(values)))
+        else:
+            find_law(law).run(Case(subject(slot, kind, implementation, registry), Given(values)))
 
 
 @contextmanager

@@ -134,7 +134,8 @@ class _Writer:
         draw = self.draw
         found: Table = {}
         for slot in RUN_SLOTS:
-            if self.offered(slot) and draw(st.booleans()):
+            stated: bool = draw(st.booleans())
+            if stated and self.offered(slot):
                 found[slot] = self.whole(slot)
         if "precision" in found and draw(st.booleans()):
             linears = spec.plan.linears
@@ -159,9 +160,9 @@ class _Writer:
         """A component of the slot."""
         offered = self.offered(slot)
         near = [each for each in self.preferred if each.slot == slot and each in offered]
-        if near and self.draw(st.integers(0, 3)):
-            offered = near
-        return self.draw(st.sampled_from(offered))
+        often: int = self.draw(st.integers(0, 3))
+        chosen: Component = self.draw(st.sampled_from(near if near and often else offered))
+        return chosen
 
     def whole(self, slot: str, depth: int = 0) -> Table:
         """A table of a component, with what its fields take."""
@@ -182,7 +183,7 @@ class _Writer:
         return table
 
     def left_out(self, fact: FieldFacts, depth: int) -> bool:
-        return fact.optional and (depth >= DEEPEST or not self._has(fact) or self.draw(st.booleans()))
+        return fact.optional and (depth >= DEEPEST or not self._has(fact) or bool(self.draw(st.booleans())))
 
     def _has(self, fact: FieldFacts) -> bool:
         return fact.slot == LAYER or bool(self.offered(str(fact.slot)))

@@ -15,31 +15,34 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from composeformer.testing.certificate import Finding, examine
+from composeformer.testing.certificate import Finding, examine, laws_to_try
 from composeformer.testing.foreign import DIALECT, dialect_findings
-from composeformer.testing.law import Law, laws_for
+from composeformer.testing.law import Law
+from composeformer.testing.models import Models, models
 from composeformer.testing.subject import Subject, subjects
 
 USUAL = 100
 
 
 def laws_of(plugin: str | None = None, *, slot: str | None = None) -> Callable[..., Any]:
-    """A parametrised test of a plugin, or of all plugins; of one slot, or of all. Its dialects are tried as they are
+    """A parametrised test of a plugin, or of all plugins; of one slot (`model`: of whole models with its parts), or of
+    all. Its dialects are tried as they are
     collected: that takes milliseconds.
 
     Raises ComposeError for a plugin that is not loaded, or a claim that is no law.
     """
+    every: list[Subject | Models] = [*subjects(plugin), *models(plugin)]
     cases = [
         pytest.param(law, tried, id=f"{law.id}-{tried.kind}-{tried.implementation.name}")
-        for tried in subjects(plugin)
+        for tried in every
         if slot in (None, tried.slot)
-        for law in laws_for(tried.component)
+        for law in laws_to_try(tried)
     ]
     if slot in (None, DIALECT):
         cases += [pytest.param(None, each, id=f"{each.law}-{each.kind}") for each in dialect_findings(plugin)]
 
     @pytest.mark.parametrize(("law", "tried"), cases)
-    def test_laws(law: Law | None, tried: Subject | Finding) -> None:
+    def test_laws(law: Law | None, tried: Subject | Models | Finding) -> None:
         if isinstance(tried, Finding):
             finding = tried
         else:

@@ -1,0 +1,209 @@
+"""Laws of whole models with a cache: whatever happened to it, each token is as it is without one; and what it holds.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+import random
+from typing import Any
+
+import attrs
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from composeformer.contracts import Cache
+from composeformer.costs import cost
+from composeformer.costs.counts import stated
+from composeformer.decoder import Model
+from composeformer.generation import generate
+from composeformer.model_cache import ModelCache
+from composeformer.testing.models import ModelCase, model_law
+
+LONGEST = 12  # every model drawn serves as many
+MOST = 4  # tokens at once
+
+
+@attrs.define
+class Row:
+    """What a row holds: its tokens, their documents, the logits that each was given; the longest it has been."""
+
+    ids: list[int] = attrs.field(factory=list)
+    documents: list[int] = attrs.field(factory=list)
+    logits: list[Tensor] = attrs.field(factory=list)
+    longest: int = 0
+
+    def copy(self) -> "Row":
+        return Row(list(self.ids), list(self.documents), list(self.logits), self.longest)
+
+
+def histories() -> st.SearchStrategy[list[list[Any]]]:
+    """What happens to a cache: tokens that are appended, forgotten, rows that change places; at last more tokens."""
+    appended = st.tuples(st.just("append"), st.integers(1, MOST), st.booleans())
+    other = st.tuples(st.sampled_from(["rollback", "rollback", "reorder"]), st.just(0), st.just(False))
+    steps = st.lists(st.tuples(appended, other), min_size=1, max_size=4)
+    return st.tuples(steps, appended).map(
+        lambda t: [list(each) for pair in t[0] for each in pair] + [list(t[1])]
+    )
+
+
+def appended(
+    model: Model,
+    cache: ModelCache,
+    rows: list[Row],
+    tokens: int,
+    padded: bool,
+    packed: bool,
+    dice: random.Random,
+) -> None:
+    """Appends tokens to every row, of which some are padding."""
+    vocabulary = model.spec.model.vocab_size
+    shape = len(rows), tokens
+    ids = torch.tensor([[dice.randrange(vocabulary) for _ in range(tokens)] for _ in rows]).view(shape)
+    valid = torch.tensor([[not padded or dice.random() < 0.6 for _ in range(tokens)] for _ in rows]).view(
+        shape
+    )
+    documents = torch.zeros(shape, dtype=torch.int64)
+    for n, row in enumerate(rows):
+        last = row.documents[-1] if row.documents else 0
+        for t in range(tokens):
+            documents[n, t] = last + dice.randrange(2) if valid[n, t] else dice.randrange(5)
+            last = int(documents[n, t]) if valid[n, t] else last
+    told = {"documents": documents} if packed else {}
+    logits = model(ids, valid=valid if padded else None, cache=cache, **told).logits
+    for n, row in enumerate(rows):
+        for t in range(tokens):
+            if valid[n, t]:
+                row.ids.append(int(ids[n, t]))
+                row.documents.append(int(documents[n, t]))
+                row.logits.append(logits[n, t])
+        row.longest = max(row.longest, len(row.ids))
+
+
+def forgotten(cache: ModelCache, rows: list[Row], most: int, dice: random.Random) -> None:
+    """Forgets as many tokens of each row as chance wants and the cache may."""
+    limits = [max(0, min(len(row.ids), most - row.longest + len(row.ids))) for row in rows]
+    counts = [dice.randint(min(limit, dice.randrange(2)), limit) for limit in limits]
+    cache.rollback(torch.tensor(counts))
+    for row, count in zip(rows, counts, strict=True):
+        kept = len(row.ids) - count
+        del row.ids[kept:], row.documents[kept:], row.logits[kept:]
+
+
+@model_law(
+    "cached",
+    "through a cache, in any pieces, with padding, documents, rollbacks and exchanged rows, a token is as without",
+    kills="rollback-leaves-the-lengths",
+    examples=20,
+)
+def cached(case: ModelCase) -> None:
+    count, most = case.integer("rows", 1, 3), case.integer("max_rollback", 0, 3)
+    packed, history = case.boolean("packed"), case.draw("history", histories())
+    dice = random.Random(case.integer("seed of the history", 0, 2**16))
+    model, rows = case.model, [Row() for _ in range(count)]
+    length = sum(tokens for _, tokens, _ in history)
+    with torch.no_grad():
+        cache = model.new_cache(count, max(length, 1), most)
+        for step, tokens, padded in history:
+            if step == "append" and max(len(row.ids) for row in rows) + tokens <= LONGEST:
+                appended(model, cache, rows, tokens, padded, packed, dice)
+            elif step == "rollback":
+                forgotten(cache, rows, most, dice)
+            elif step == "reorder":
+                order = [dice.randrange(len(rows)) for _ in range(dice.randint(1, 3))]
+                cache.reorder(torch.tensor(order))
+                rows = [rows[n].copy() for n in order]
+    rows = [row for row in rows if row.ids]
+
+    def full(model: Model) -> dict[str, Tensor]:
+        found = {}
+        with torch.no_grad():
+            for n, row in enumerate(rows):
+                documents = torch.tensor([row.documents]) if packed else None
+                found[f"row {n}"] = model(torch.tensor([row.ids]), documents=documents, predict=False).logits[
+                    0
+                ]
+        return found
+
+    wanted = case.measure(full, model, case.error_in(torch.float64))
+    case.agree(
+        {f"row {n}": torch.stack(row.logits) for n, row in enumerate(rows)}, wanted, "through the cache"
+    )
+
+
+@model_law(
+    "cache_bytes",
+    "a cache takes as many bytes as the parts declare, and grows by no others",
+    kills="cache-holds-every-head",
+    examples=8,
+)
+def cache_bytes(case: ModelCase) -> None:
+    rows, tokens = case.integer("rows", 1, 3), case.integer("tokens", 1, 9)
+    more = tokens + case.integer("more", 1, 9)
+    nodes = [layer["mixer"] for layer in case.spec.plan.layers if "mixer" in layer]
+    told = [
+        each for top in nodes for n in top.walk() for each in stated(n, "decode") if isinstance(each, Cache)
+    ]
+    width = rows * case.dtype.itemsize
+    took, wanted = [], []
+    for length in (tokens, more):
+        cache = case.model.new_cache(rows, length)
+        wanted.append(width * sum(each.elements(length) for each in told))
+        took.append(floating_bytes(cache))
+        case.equal(cache.num_bytes, wanted[-1], f"num_bytes for {length} tokens")
+        counts = cost(case.spec, context=length)
+        case.equal(counts.cache_bytes_at_context * width // 2, wanted[-1], "cache_bytes_at_context")
+    # A slot that is never read may be there besides.
+    case.require(took[0] >= wanted[0], f"holds {took[0]} bytes, declares {wanted[0]}")
+    case.equal(took[1] - took[0], wanted[1] - wanted[0], f"bytes that {more - tokens} more tokens take")
+    per_token = cost(case.spec).cache_bytes_per_token
+    case.equal(per_token, 2 * sum(each.per_token for each in told), "cache_bytes_per_token")
+
+
+def floating_bytes(found: object, seen: set[int] | None = None) -> int:
+    """The bytes of every floating-point tensor that an object holds, each once."""
+    seen = set() if seen is None else seen
+    if id(found) in seen or isinstance(found, str | int | float | bool | None | torch.device | torch.dtype):
+        return 0
+    seen.add(id(found))
+    if isinstance(found, Tensor):
+        own = found.is_floating_point() and found.untyped_storage().data_ptr() not in seen
+        seen.add(found.untyped_storage().data_ptr())
+        return found.untyped_storage().nbytes() if own else 0
+    if isinstance(found, dict):
+        return sum(floating_bytes(each, seen) for each in found.values())
+    if isinstance(found, list | tuple):
+        return sum(floating_bytes(each, seen) for each in found)
+    return sum(floating_bytes(each, seen) for each in getattr(found, "__dict__", {}).values())
+
+
+@model_law(
+    "generated",
+    "greedy text is the best token after each, whether drafted for or not, alone or in a batch",
+    kills="every-draft-is-accepted",
+    examples=10,
+)
+def generated(case: ModelCase) -> None:
+    model = case.model
+    largest = case.spec.model.vocab_size - 1
+    prompts = [case.integers(f"prompt {n}", 0, largest) for n in range(case.integer("rows", 1, 2))]
+    options: dict[str, Any] = {
+        "max_new_tokens": case.integer("new tokens", 1, 7),
+        "prefill_chunk": case.choice("prefill_chunk", [None, 1, 2]),
+        "speculate": model.predictor is not None and case.boolean("speculate"),
+    }
+    made = generate(model, prompts, **options)
+    for n, (prompt, row) in enumerate(zip(prompts, made, strict=True)):
+        ids = torch.tensor([[*prompt, *row.ids]])
+
+        def logits(model: Model, ids: Tensor = ids, start: int = len(prompt)) -> dict[str, Tensor]:
+            with torch.no_grad():
+                return {"logits": model(ids, predict=False).logits[0, start - 1 : -1]}
+
+        wanted = case.measure(logits, model, case.error_in(torch.float64))
+        found = wanted.values["logits"]
+        case.equal(len(row.ids), options["max_new_tokens"], f"tokens made for row {n}")
+        lost = found.amax(-1) - found.gather(1, torch.tensor(row.ids)[:, None])[:, 0]
+        bound = (
+            2 * case.error_in(torch.float64) * wanted.conditions.get("logits", 1.0) * float(found.abs().max())
+        )
+        case.within(float(lost.max()), bound, f"row {n}: what a token made lacks of the best")
