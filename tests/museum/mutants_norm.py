@@ -233,3 +233,23 @@ def norm_adds_one_to_the_gain() -> Iterator[None]:
 
     with normalising("RMSNorm", wrong):
         yield
+
+
+@mutant(
+    "norm-rounds-what-it-divides-by",
+    "norm",
+    "rmsnorm",
+    "the mean square of a bfloat16 token is rounded to bfloat16: the whole token is off by half a percent",
+    source="norms without an upcast in bfloat16, where nothing overflows",
+)
+def norm_rounds_what_it_divides_by() -> Iterator[None]:
+    def wrong(self, x):
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True).to(x.dtype) + self.eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (self.weight * (wide * scale).to(x.dtype)).to(x.dtype)
+
+    def in_bfloat16(forward):
+        return lambda self, x: (wrong if x.dtype == torch.bfloat16 else forward)(self, x)
+
+    with replaced(f"{NORMS}:RMSNorm.forward", in_bfloat16):
+        yield

@@ -412,3 +412,28 @@ def rope_scores_not_scaled() -> Iterator[None]:
 
     with replaced(f"{POSITIONS}:YarnRope.score_scale", wrong):
         yield
+
+
+@mutant(
+    "none-turns-all-the-same",
+    "position",
+    "none",
+    "layers without positions are rotated as the others",
+    source="NoPE layers unread: SmolLM3 and Llama 4 ports",
+)
+def none_turns_all_the_same() -> Iterator[None]:
+    def tables(self, positions):
+        angles = positions[..., None].float()
+        return Rotary(angles.cos(), angles.sin())
+
+    def rotate(self, x, rotary, inverse=False):
+        cos, sin = (table[:, :, None].to(x.dtype) for table in rotary)
+        a, b, rest = x[..., :1], x[..., 1:2], x[..., 2:]
+        sin = -sin if inverse else sin
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+    with (
+        replaced(f"{ROTARY}:NoPosition.forward", lambda _: tables),
+        replaced(f"{ROTARY}:NoPosition.rotate", lambda _: rotate),
+    ):
+        yield

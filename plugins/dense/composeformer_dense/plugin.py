@@ -97,7 +97,14 @@ COMPONENTS = (
         claims=(*ROTARY, "by-parts"),
         strategy="composeformer_dense.testing:yarn_ropes",
     ),
-    Component("position", "none", NoPosition, reference("rotary:NoPosition"), summary="no positions"),
+    Component(
+        "position",
+        "none",
+        NoPosition,
+        reference("rotary:NoPosition"),
+        summary="no positions",
+        claims=("still",),
+    ),
     Component(
         "residual",
         "pre-norm",
@@ -134,7 +141,7 @@ COMPONENTS = (
         reference("precision:FullPolicy"),
         summary="one dtype for everything",
         default=True,
-        claims=("rows-alone", "powers-of-two"),
+        claims=("rows-alone", "powers-of-two", "repeats"),
     ),
     Component(
         "precision",
@@ -142,7 +149,7 @@ COMPONENTS = (
         BF16,
         reference("precision:BF16Policy"),
         summary="linear maps in bfloat16",
-        claims=("rows-alone", "powers-of-two"),
+        claims=("rows-alone", "powers-of-two", "repeats"),
     ),
 )
 

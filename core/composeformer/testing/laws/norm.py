@@ -22,6 +22,8 @@ from composeformer.testing.variants import variant
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # A result is rounded where it is normalised, where a gain multiplies, where a shift is added, where it is given back.
 ROUNDINGS = 4
+# Features, where roundings of each are to cancel.
+MANY = 8192
 
 
 def normed(case: Case, model: Model, x: Tensor) -> Tensor:
@@ -85,6 +87,34 @@ def wide(case: Case) -> None:
     limit = torch.finfo(x.dtype).max
     if size(wanted) < limit:
         case.within(float((found.double() - wanted).abs().max()), wide_bound(case, x, wanted), "the output")
+
+
+@law(
+    "norm",
+    "true-scale",
+    "what a token is divided by is not rounded to a narrow dtype: over many features roundings cancel, that does not",
+    kills="norm-rounds-what-it-divides-by",
+    examples=6,
+)
+def true_scale(case: Case) -> None:
+    spec = case.spec.with_({"model.hidden_size": MANY})
+    node = case.find(spec)
+    width = 0 if node is None else node.site.width
+    if width < MANY:  # of heads, or of a latent
+        return
+    part: Any = case.part_of(case.built(spec))
+    dtype = torch.bfloat16
+    x = case.normal("x", 4, width, dtype=dtype) * (1 + torch.arange(4, dtype=dtype)[:, None] / 7)
+    with torch.no_grad():
+        found, wanted = part(x).double(), part(x.double())
+    found, wanted = (each - each.mean(-1, keepdim=True) for each in (found, wanted))
+    power = wanted.square().sum(-1)
+    scale = (found * wanted).sum(-1) / power
+    # Of independent roundings each feature adds its share of the power.
+    noise = sqrt(ROUNDINGS) * roundoff(dtype) * wanted.pow(4).sum(-1).sqrt() / power
+    worst = int(((scale - 1).abs() / noise).argmax())
+    told = f"the scale of a token of {width} features"
+    case.within(float((scale - 1).abs()[worst]), SAFETY * float(noise[worst]), told)
 
 
 @law(

@@ -88,7 +88,7 @@ def reads_hidden(case: Case) -> None:
 @law(
     "predictor",
     "embedding-first",
-    "what joins a token's embedding with a hidden state has the embedding's features first, of the token k places on",
+    "what joins a token's embedding (enorm) with a hidden state (hnorm) has the embedding's features first",
     kills="predictor-joins-hidden-first",
     claimed=True,
 )
@@ -120,6 +120,12 @@ def embedding_first(case: Case) -> None:
             wanted = from_hidden(case, model, hidden, ids)
             told = f"predictions without the weights that read {lost}, of other {lost}"
             case.equal(from_hidden(case, model, *given[lost]), wanted, told)
+            norms = {"embeddings": "enorm", "hidden states": "hnorm"}
+            for name, parameter in model.named_parameters():
+                if name.startswith(case.node.path) and norms[lost] in name.split("."):
+                    parameter.mul_(2)
+            told = f"predictions without the weights that read {lost}, which a norm of another part reaches"
+            case.equal(from_hidden(case, model, hidden, ids), wanted, told)
             knows = bool((from_hidden(case, model, *given[left]) != wanted).any())
             case.require(knows, f"without the weights that read {lost} predictions know no {left}")
 

@@ -39,7 +39,7 @@ def drafts(case: Case) -> None:
     place = [0] * ROWS
     with torch.no_grad():
         full = predicted(case.model, ids)
-        cache: Any = part.new_cache(ROWS, 2 * tokens)
+        cache: Any = part.new_cache(ROWS, sum(width for width, *_ in drawn))
         for width, *masks, right in drawn:
             real = columns(width, masks, [tokens - 1 - at for at in place])
             if not bool(real.any()):

@@ -119,6 +119,21 @@ def rotation(case: Case) -> None:
         case.within(gap_of(found, wanted), bound, told)
 
 
+@law(
+    "position",
+    "still",
+    "nothing turns: heads are the same bits at every position",
+    kills="none-turns-all-the-same",
+    claimed=True,
+    examples=5,
+)
+def still(case: Case) -> None:
+    tables = case.part(positions(case))
+    x = heads(case, "x", tables)
+    for back in (False, True):
+        case.equal(case.part.rotate(x, tables, inverse=back), x, "heads")
+
+
 def frequency_error(theta: float, magnified: Tensor) -> Tensor:
     """The relative error of fp32 angles: of theta to a power whose exponent is rounded, `magnified` by what is made of
     it, of as many operations as that takes, and of the product with the position.
