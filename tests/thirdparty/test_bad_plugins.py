@@ -1,5 +1,6 @@
 """Bad plugins from outside are refused, or failed by the laws, with the cause named; all else installed works."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -88,3 +89,43 @@ def test_nothing_of_a_half_registered_plugin_can_be_had(clean: Any, path: str) -
     assert asked.returncode == 2
     assert 'kind = "half": unknown norm kind' in asked.stderr
     assert "half-registered (half-registered 0.1.0)" in asked.stderr
+
+
+# Well-formed, and wrong: the law that fails each, the part, and what is said.
+FAILED = {
+    ("leaking-cache", "mixer.cached"): ("leaking", "new tokens beside the whole document: differs by"),
+    ("lying-cost", "everywhere.flops"): ("cheap-products", "declared are"),
+    ("lying-cost", "mixer.cache-bytes"): ("cheap-cache", "declared elements"),
+    ("counts-evaluation", "everywhere.stateless"): ("balanced", "router.load after a forward"),
+    ("foreign-names", "dialect.names"): (
+        "astray.toml",
+        "this model has no tensor layers.0.mixer.query.weight",
+    ),
+}
+# Beside each wrong price stands a right one.
+HELD = {
+    ("lying-cost", "everywhere.flops"): "cheap-cache",
+    ("lying-cost", "mixer.cache-bytes"): "cheap-products",
+}
+
+
+@pytest.mark.parametrize(("name", "law"), FAILED)
+def test_a_part_that_is_wrong_is_failed_by_a_law_with_a_counterexample(
+    name: str, law: str, clean: Any, path: str
+) -> None:
+    without = ("--no-plugin", "duplicate-kind")  # of which no part can be had while it is contested
+    done = clean.run("compose", *without, "plugins", "check", name, "--law", law, "--json", PYTHONPATH=path)
+    assert done.returncode == 1, done.stderr
+    certificate = json.loads(done.stdout)
+    assert certificate["held"] is False
+    findings = {finding["kind"]: finding for finding in certificate["findings"]}
+    kind, cause = FAILED[name, law]
+    assert cause in findings[kind]["why"]
+    broken = {kind for kind, finding in findings.items() if finding["verdict"] == "broken"}
+    if law == "dialect.names":
+        assert broken == {"astray.toml", "stranger.toml"}
+        assert 'config.heads: "mixer.heads" leads nowhere' in findings["stranger.toml"]["why"]
+        return
+    assert broken == {kind}
+    assert findings.keys() - broken == ({HELD[name, law]} if (name, law) in HELD else set())
+    assert f"replay(\n        {law!r}," in findings[kind]["counterexample"]

@@ -1,5 +1,7 @@
 """Plugins from outside, built into wheels and installed where nothing of this tree is, alone and together."""
 
+import re
+import shutil
 from math import log, prod, sqrt
 from pathlib import Path
 from typing import Any
@@ -122,3 +124,43 @@ def test_speculative_decoding_over_states_and_latents_is_greedy_decoding(facts: 
     # add up, and the largest of two logits' over a few dozens is below four times the root mean square.
     assert lossy["lost"] <= 2 * 4 * sqrt(3 * 10 + 1) * 2**-8
     assert [len(row) for row in lossy["drafted"]] == [len(row) for row in lossy["plain"]] == [14] * 3
+
+
+# A tenth of the laws' cases: here it is tried that they are all there and hold; how far is a matter of longer runs.
+PROFILE = """
+from hypothesis import settings
+
+settings.register_profile("tenth", max_examples=10)
+"""
+
+
+def test_their_own_suites_hold_all_laws_where_they_are_installed(clean: Any) -> None:
+    """Each has the one line; every law of its slot, of every slot and of whole models is a test."""
+    suites = clean.folder / "suites"
+    for name in BRINGS:
+        shutil.copytree(HERE / name / "tests", suites / name)
+    (suites / "conftest.py").write_text(PROFILE)
+    options = ("-v", "-p", "no:cacheprovider", "--import-mode=importlib", "--hypothesis-profile=tenth")
+    done = clean.run("python", "-m", "pytest", *options, "suites")
+    assert done.returncode == 0, done.stdout
+    outcomes = re.findall(r"^suites/([^/]+)/\S+::test_laws\[(\S+)\] (\w+)", done.stdout, re.MULTILINE)
+    assert {outcome for _, _, outcome in outcomes} == {"PASSED"}
+    for name, (slot, kind, implementations) in BRINGS.items():
+        tried = {law for owner, law, _ in outcomes if owner == name}
+        for implementation in implementations:
+            own = {law for law in tried if law.endswith(f"-{kind}-{implementation}")}
+            assert {law.partition(".")[0] for law in own} == {slot, "everywhere"}
+            tried -= own
+        assert {law.partition(".")[0] for law in tried} <= {"model"}
+
+
+def test_a_certificate_has_every_law_with_its_cases_and_its_bound(clean: Any) -> None:
+    certificate = clean.json(
+        "compose", "plugins", "check", "hash-router", "--slot", "router", "--examples", "3", "--json"
+    )
+    assert certificate["held"] is True
+    for finding in certificate["findings"]:
+        assert (finding["slot"], finding["kind"]) == ("router", "hash")
+        assert (finding["verdict"], finding["why"]) == ("held", "") or finding["verdict"] == "does not apply"
+        assert finding["error"] <= finding["bound"]
+        assert finding["cases"] > 0 or finding["verdict"] == "does not apply"
