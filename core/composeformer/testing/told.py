@@ -113,6 +113,6 @@ def row_by_row(
         found = found._replace(gradients={**found.gradients, **kept})
         alike(case, found, together(alone), "with padding", valid.numel())
         return
-    rest = {name: each for name, each in found.gradients.items() if name not in BY_TOKEN}
-    for name, each in {**rest, **found.losses, **found.counts}.items():
-        case.require(not bool(each.any()), f"of padding alone {name} is not zero")
+    rest = {name: tensor for name, tensor in found.gradients.items() if name not in BY_TOKEN}
+    for name, tensor in {**rest, **found.losses, **found.counts}.items():
+        case.require(not bool(tensor.any()), f"of padding alone {name} is not zero")

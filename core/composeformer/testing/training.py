@@ -21,8 +21,9 @@ from composeformer.site import Site
 from composeformer.spec import Spec, inherit
 from composeformer.spec.document import from_data
 from composeformer.testing.case import PRECISIONS, Case
-from composeformer.testing.frame import Table, frames
+from composeformer.testing.frame import frames
 from composeformer.testing.subject import Subject
+from composeformer.testing.tables import Table
 from composeformer.train.roles import Trained
 from composeformer.train.trainer import trained
 

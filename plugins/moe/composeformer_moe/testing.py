@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 Table = dict[str, Any]
 EXPERTS = (4, 8)
 LARGEST_TOP_K = 2
-# Weights of losses, zero or large enough to be seen in gradients.
-ALPHAS = st.sampled_from([0.25, 1.0, 0.0])
+# Weights of losses, large enough to be seen in gradients, or none.
+ALPHAS = st.sampled_from([0.25, 1.0, None, 0.0])
 
 
 @st.composite
@@ -44,16 +44,19 @@ def _shared(draw: st.DrawFn) -> Table:
 def softmax_routers(draw: st.DrawFn) -> Table:
     """`softmax`."""
     choices = [{}, {"normalize": True}, {"normalize": False}, {"softmax": "before"}, {"softmax": "after"}]
-    losses = st.fixed_dictionaries({}, optional={"balance_alpha": ALPHAS, "z_alpha": ALPHAS})
-    return {"kind": "softmax", **draw(_shared()), **draw(st.sampled_from(choices)), **draw(losses)}
+    losses = {name: draw(ALPHAS) for name in ("balance_alpha", "z_alpha")}
+    return {"kind": "softmax", **draw(_shared()), **draw(st.sampled_from(choices)), **_stated(losses)}
 
 
 @st.composite
 def sigmoid_routers(draw: st.DrawFn) -> Table:
     """`sigmoid-bias`."""
-    more = {
-        "bias_update_speed": st.sampled_from([0.001, 0.0, 0.25]),
-        "sequence_balance_alpha": ALPHAS,
-        "normalize": st.booleans(),
-    }
-    return {"kind": "sigmoid-bias", **draw(_shared()), **draw(st.fixed_dictionaries({}, optional=more))}
+    more = {"bias_update_speed": st.sampled_from([0.001, 0.0, 0.25]), "normalize": st.booleans()}
+    losses = {"sequence_balance_alpha": draw(ALPHAS)}
+    optional = draw(st.fixed_dictionaries({}, optional=more))
+    return {"kind": "sigmoid-bias", **draw(_shared()), **optional, **_stated(losses)}
+
+
+def _stated(table: Table) -> Table:
+    """Without what is absent."""
+    return {name: value for name, value in table.items() if value is not None}

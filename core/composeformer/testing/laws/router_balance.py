@@ -20,7 +20,7 @@ from torch import Tensor
 
 from composeformer.config import facts_of
 from composeformer.errors import join
-from composeformer.testing.bounds import gap, size
+from composeformer.testing.bounds import FLOOR, gap, size
 from composeformer.testing.case import Case
 from composeformer.testing.law import law
 from composeformer.testing.laws.router import LONGEST, MOST, dense, num_experts, route
@@ -72,11 +72,16 @@ def agrees(
     kind = torch.promote_types(case.dtype, torch.float32)
     unit = case.terms.plus(x.shape[0] * x.shape[1]).error(kind)
     found = losses[path].sum()
+    case.require(found.requires_grad or not right.requires_grad, f"the loss {path} has no gradient")
     case.within(gap(found, right), unit * case.condition.output * size(right), path)
-    gradients = [torch.autograd.grad(each, x, allow_unused=True)[0] for each in (found, right)]
-    got, must = (torch.zeros_like(x) if each is None else each for each in gradients)
+    entered = [x, *case.part.parameters()]
+    every = torch.autograd.grad(found, entered, allow_unused=True)
+    (must,) = torch.autograd.grad(right + x[..., :0].sum(), x)
+    # The condition was measured to the largest of all gradients where one is small beside that.
+    scale = max(size(must), FLOOR * max((size(each) for each in every if each is not None), default=0.0))
+    got = torch.zeros_like(x) if every[0] is None else every[0]
     unit = case.terms.plus(x.shape[0] * x.shape[1]).error(case.dtype)
-    case.within(gap(got, must), unit * case.condition.gradients * size(must), f"the gradient of {path}")
+    case.within(gap(got, must), unit * case.condition.gradients * scale, f"the gradient of {path}")
 
 
 @law(
@@ -104,7 +109,7 @@ def balance(case: Case) -> None:
             length = int(real.sum())
             if length:
                 shares = (scores[row, real] / scores[row, real].sum(-1, keepdim=True)).mean(0)
-                counts = torch.bincount(indices[row, real].flatten(), minlength=experts)
+                counts = torch.bincount(indices[row, real].flatten(), minlength=experts).double()
                 total = total + length * (experts / (indices.shape[-1] * length) * counts * shares).sum()
         return total
 
