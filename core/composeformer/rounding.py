@@ -4,7 +4,7 @@ An operand v of a product comes out within
 
     relative |v| + max(shared A, least)        A the largest finite magnitude among those that share its scale
 
-and a sum of n products within `fixed` + n `each` of the sum of their magnitudes. The errors of results follow (Higham,
+(zero as zero), and a sum of n products within `fixed` + n `each` of the sum of their magnitudes. The errors of results follow (Higham,
 Accuracy and Stability of Numerical Algorithms, chapters 2 and 3), and laws hold parts to them.
 
 `Precision.rounding` derives all this from a format; a policy that rounds otherwise says so by a method of its own.
@@ -83,17 +83,15 @@ def cast(dtype: str) -> Operand:
     return Operand(relative=unit, least=unit * normal)
 
 
-def scaled(dtype: str, block: tuple[int, int], steps: int = 1) -> Operand:
-    """Codes of a narrow float under scales in fp32: the nearest to v / s, which is at most the largest. `steps` is how
-    many half steps a number may move: 2 where scales let the largest ones saturate.
+def scaled(dtype: str, block: tuple[int, int], excess: float = 1.0) -> Operand:
+    """Codes of a narrow float under scales in fp32: the nearest to v / s, a block's largest having the largest code.
 
-    Scales are at most twice what the largest number of a block needs. Below the normals codes stand evenly.
+    `excess` is by how much scales may be larger, 2 for powers of two. Below the normals codes stand evenly.
     """
     unit, normal, largest = FLOATS[dtype]
-    unit = steps * unit + 2.0**-23
-    return Operand(
-        relative=unit, shared=2 * unit * normal / largest, least=unit * normal * SMALLEST_SCALE, block=block
-    )
+    unit += 2.0**-23
+    shared = excess * unit * normal / largest
+    return Operand(relative=unit, shared=shared, least=unit * normal * SMALLEST_SCALE, block=block)
 
 
 def integers(bits: int, block: tuple[int, int], scale: str = "float32") -> Operand:
@@ -109,7 +107,7 @@ def of_format(form: Format) -> Rounding:
     activations and gradients are taken to be rounded to what is computed in, under one scale where that is narrow.
     """
     narrow = BITS[form.compute] < 16
-    plain = scaled(form.compute, (0, 0)) if narrow else cast(form.compute)
+    plain = scaled(form.compute, (0, 0), 2.0) if narrow else cast(form.compute)
     weight = plain
     if form.bits < BITS[form.compute]:
         codes = integers(form.bits, form.block or (0, 0), form.scale or "float32")

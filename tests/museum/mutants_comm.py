@@ -318,3 +318,41 @@ def expected_counts_copies_twice() -> Iterator[None]:
 
     with replaced("composeformer_comm.means:_links", wrong):
         yield
+
+
+@mutant(
+    "sent-is-kept-on-the-backend",
+    "comm",
+    "local",
+    "how rows were sorted is kept on the backend, where the next dispatch overwrites it",
+    source="dispatchers with state: buffers and handles on `self`",
+)
+def sent_is_kept_on_the_backend() -> Iterator[None]:
+    def dispatches(dispatch):
+        def kept(self, x, routing):
+            *found, self.kept = dispatch(self, x, routing)
+            return *found, self.kept
+
+        return kept
+
+    def combines(combine):
+        return lambda self, rows, sent: combine(self, rows, self.kept)
+
+    place = f"{LOCAL}:LocalExchange"
+    with replaced(f"{place}.dispatch", dispatches), replaced(f"{place}.combine", combines):
+        yield
+
+
+@mutant(
+    "weights-travel-in-bfloat16",
+    "comm",
+    "hierarchical",
+    "routing weights are rounded to the dtype of rows where they travel with them",
+    source="parcels of one dtype",
+)
+def weights_travel_in_bfloat16() -> Iterator[None]:
+    def wrong(start):
+        return lambda self, x, indices, weights: start(self, x, indices, weights.bfloat16().to(weights.dtype))
+
+    with replaced(f"{ROUTES}:PerRank.start", wrong):
+        yield

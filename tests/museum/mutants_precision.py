@@ -1,4 +1,4 @@
-"""Bugs of number formats: scales, blocks, groups, accumulators, what is stale, what is stored."""
+"""Bugs of number formats: scales, blocks, groups, accumulators."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,6 @@ EMULATE, LINEAR, QUANTISE = (
     "composeformer_fp8.linear",
     "composeformer_fp8.quantise",
 )
-BLOCKS = "composeformer_fp8.codec_blocks"
 
 
 @mutant(
@@ -182,79 +181,6 @@ def half_to_odd() -> Iterator[None]:
 
 
 @mutant(
-    "matrix-is-the-master",
-    "precision",
-    "fp8-block",
-    "the matrix that absorption multiplies by is the master weight",
-    source="reading `.weight` for MLA's absorbed form under FP8",
-)
-def matrix_is_the_master() -> Iterator[None]:
-    with replaced(f"{LINEAR}:Scaled.matrix", lambda matrix: lambda self: self.weight.float()):
-        yield
-
-
-@mutant(
-    "master-in-the-matrix",
-    "precision",
-    "bf16",
-    "the matrix that absorption multiplies by is the master weight",
-    source="reading `.weight` for MLA's absorbed form under mixed precision",
-)
-def master_in_the_matrix() -> Iterator[None]:
-    def forward(before):
-        def narrow(self, x, offsets=None):
-            from torch.nn import functional as F
-
-            from composeformer_dense.ragged import ragged
-
-            bias = None if self.bias is None else self.bias.to(self.compute)
-            x, weight = x.to(self.compute), self.weight.to(self.compute)
-            y = F.linear(x, weight, bias) if offsets is None else ragged(x, weight, bias, offsets)
-            return y.to(self.dtype)
-
-        return narrow
-
-    place = "composeformer_dense.precision:CastLinear"
-    with (
-        replaced(f"{place}.forward", forward),
-        replaced(f"{place}.matrix", lambda matrix: lambda self: self.weight),
-    ):
-        yield
-
-
-@mutant(
-    "matrix-without-a-gradient",
-    "precision",
-    "fp8-block",
-    "the matrix is detached, so that what absorbs it does not train it",
-    source="absorbed projections in training",
-)
-def matrix_without_a_gradient() -> Iterator[None]:
-    with replaced(f"{LINEAR}:Scaled.matrix", lambda matrix: lambda self: matrix(self).detach()):
-        yield
-
-
-@mutant(
-    "matrix-stale",
-    "precision",
-    "fp8-block",
-    "codes are made once and kept over updates of the weight",
-    source="weight caches of FP8 layers that nobody resets",
-)
-def matrix_stale() -> Iterator[None]:
-    def wrong(held):
-        def kept(self, backward=True):
-            if not hasattr(self, "_codes"):
-                self._codes = held(self)
-            return self._codes
-
-        return kept
-
-    with replaced(f"{LINEAR}:Scaled.held", wrong):
-        yield
-
-
-@mutant(
     "tail-block-cut-evenly",
     "precision",
     "fp8-block",
@@ -274,169 +200,37 @@ def tail_block_cut_evenly() -> Iterator[None]:
 
 
 @mutant(
-    "output-in-the-inputs-dtype",
-    "precision",
-    "bf16",
-    "a map gives the dtype that came in",
-    source="`.to(x.dtype)` at the end of linear layers",
-)
-def output_in_the_inputs_dtype() -> Iterator[None]:
-    def wrong(forward):
-        return lambda self, x, offsets=None: forward(self, x, offsets).to(x.dtype)
-
-    with replaced("composeformer_dense.precision:CastLinear.forward", wrong):
-        yield
-
-
-@mutant(
-    "noise-in-training",
+    "scale-with-headroom",
     "precision",
     "fp8-block",
-    "rounding is stochastic, so that recomputation gives other gradients",
-    source="stochastic rounding without a state that is restored",
+    "scales leave room above the largest number, which grows each time that it is rounded",
+    source="margins of scaling recipes",
 )
-def noise_in_training() -> Iterator[None]:
-    def wrong(tiles):
-        def noisy(self, x, form):
-            import torch
-
-            return tiles(self, x.float() * (1 + form.roundoff * (torch.rand(x.shape) - 0.5)), form)
-
-        return noisy
-
-    with replaced(f"{EMULATE}:Emulated._tiles", wrong):
+def scale_with_headroom() -> Iterator[None]:
+    with replaced(f"{QUANTISE}:scale", lambda scale: lambda amax, form, rule: scale(amax * 1.1, form, rule)):
         yield
 
 
 @mutant(
-    "codes-are-cast",
-    "precision",
-    "int8",
-    "a cast of the model casts codes and scales",
-    source="HF `model.to(dtype)` and `half()` on quantised models",
-)
-def codes_are_cast() -> Iterator[None]:
-    from torch import nn
-
-    with replaced("composeformer_fp8.kept:Kept._apply", lambda apply: nn.Module._apply):
-        yield
-
-
-@mutant(
-    "fixed-dtype-ignored",
-    "precision",
-    "full",
-    "what a part fixes to fp32, a router's bias, is stored in the model's dtype",
-    source="pitfalls 2.4: bias in bf16",
-)
-def fixed_dtype_ignored() -> Iterator[None]:
-    def wrong(form):
-        import attrs
-
-        return lambda self, role, weight, sensitive: form(
-            self, role, attrs.evolve(weight, dtype=None), sensitive
-        )
-
-    with replaced("composeformer_dense.configs.precision:Full.format", wrong):
-        yield
-
-
-@mutant(
-    "rows-of-nobody-unwritten",
-    "precision",
-    "bf16",
-    "rows past the last group are left as the memory was",
-    source="pitfalls 2.14: grouped_mm, PT 154557",
-)
-def rows_of_nobody_unwritten() -> Iterator[None]:
-    def wrong(rows):
-        from torch.nn import functional as F
-
-        return lambda x, matrix, ends: F.grouped_mm(x, matrix.mT, offs=ends)
-
-    with replaced("composeformer_dense.ragged:_rows", wrong):
-        yield
-
-
-@mutant(
-    "bias-of-the-next-group",
+    "rounds-towards-zero",
     "precision",
     "fp8-block",
-    "the first row of a group has the bias of the one before",
-    source="searchsorted without `right`",
+    "casts to eight bits cut off what is below the last one",
+    source="conversions by shifts and masks",
 )
-def bias_of_the_next_group() -> Iterator[None]:
-    def wrong(spread):
-        def left(bias, offsets, rows):
+def rounds_towards_zero() -> Iterator[None]:
+    def wrong(quantise):
+        def cut(x, block, form, rule):
             import torch
-            from torch.nn import functional as F
 
-            if offsets is None:
-                return spread(bias, offsets, rows)
-            group = torch.searchsorted(offsets, torch.arange(rows))
-            return F.pad(bias.float(), (0, 0, 0, 1))[group]
+            from composeformer_fp8.quantise import values
 
-        return left
+            codes, scales = quantise(x, block, form, rule)
+            found = quantise(x * (1 - form.roundoff), block, form, rule)[0]
+            larger = values(codes).abs() > values(found).abs()
+            return torch.where(larger, found.float(), codes.float()).to(codes.dtype), scales
 
-    with replaced(f"{LINEAR}:_spread", wrong):
-        yield
+        return cut
 
-
-@mutant(
-    "input-gradient-of-the-master",
-    "precision",
-    "bf16",
-    "the gradient of the input is taken with another weight than the output",
-    source="autograd functions that save the weight before it is cast",
-)
-def input_gradient_of_the_master() -> Iterator[None]:
-    def wrong(forward):
-        import torch
-
-        class Product(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, x, weight):
-                ctx.save_for_backward(x, weight)
-                return (x.bfloat16() @ weight.bfloat16().mT).float()
-
-            @staticmethod
-            def backward(ctx, gradient):
-                x, weight = ctx.saved_tensors
-                flat, rows = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
-                to_x = (gradient @ weight.float()).to(x.dtype)
-                return to_x, (flat.bfloat16().mT @ rows.bfloat16()).to(weight.dtype)
-
-        def product(self, x, offsets=None):
-            if offsets is not None or self.compute != torch.bfloat16 or self.bias is not None:
-                return forward(self, x, offsets)
-            return Product.apply(x, self.weight).to(self.dtype)
-
-        return product
-
-    with replaced("composeformer_dense.precision:CastLinear.forward", wrong):
-        yield
-
-
-@mutant(
-    "bias-sums-in-bfloat16",
-    "precision",
-    "bf16",
-    "the gradient of a group's bias is summed in bfloat16, row by row, and stops at 256",
-    source="pitfalls 2.4: what is accumulated in bf16 stops growing; found here by the law",
-)
-def bias_sums_in_bfloat16() -> Iterator[None]:
-    def wrong(ragged):
-        def narrow(x, matrix, bias, ends):
-            import torch
-            from torch.nn import functional as F
-
-            y = ragged(x, matrix, None, ends)
-            if bias is None:
-                return y
-            group = torch.searchsorted(ends, torch.arange(len(x)), right=True)
-            return y + F.pad(bias, (0, 0, 0, 1))[group]
-
-        return narrow
-
-    with replaced("composeformer_dense.precision:ragged", wrong):
+    with replaced(f"{EMULATE}:quantise", wrong):
         yield

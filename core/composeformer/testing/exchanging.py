@@ -32,7 +32,8 @@ from composeformer.testing.ranks import on_ranks
 import_module("torch.fx.experimental.symbolic_shapes")
 
 PRECISIONS = ("float32", "bfloat16", "float64")
-MOST_TOKENS = 4
+# Tokens of a rank; that some have none comes after that most have some.
+NUMBERS = st.sampled_from([2, 3, 0, 1, 5])
 TIMEOUT = 30.0
 NAMES = ("y", "x", "weights", "matrices", "shifts")
 COLLECTIVES = (
@@ -67,9 +68,9 @@ class Exchanged:
         self,
         case: Case,
         *,
-        ranks: Sequence[int] = (1, 2, 4),
-        each: Sequence[int] = (1, 2, 3),
-        top_k: Sequence[int] = (1, 2, 3),
+        ranks: Sequence[int] = (2, 1, 4),
+        each: Sequence[int] = (2, 1, 3),
+        top_k: Sequence[int] = (2, 1, 3),
         dtype: str | None = None,
     ) -> None:
         self.case = case
@@ -84,7 +85,7 @@ class Exchanged:
         self.indices: list[list[list[int]]] = [
             case.draw(f"tokens of rank {rank}", self._tokens()) for rank in range(self.ranks)
         ]
-        self.nan = case.boolean("nobody's weight is NaN")
+        self.nan = case.choice("nobody's weight", ("NaN", "a number")) == "NaN"
         self._seed = case.integer("values", 0, 2**16)
         self.declared()  # where ranks are no whole nodes, say, there is no case
 
@@ -96,7 +97,7 @@ class Exchanged:
             some | st.just(list(range(k))) | st.just(list(range(groups - k, groups))) | st.just([groups] * k)
         )
         token |= some.map(lambda chosen: [groups, *chosen[1:]])
-        return st.lists(token, max_size=MOST_TOKENS)
+        return NUMBERS.flatmap(lambda number: st.lists(token, min_size=number, max_size=number))
 
     @property
     def rows(self) -> Rows:

@@ -38,7 +38,7 @@ OUTPUTS = (1, 2, 7, 33, 129, 140)
 INPUTS = (1, 2, 31, 33, 127, 129, 260)
 # Of whole vectors, as products of several rows at once ask for.
 WHOLE = (16, 64, 136)
-CONTENTS = ("even", "wide", "blocks", "huge", "zeros", "integers")
+CONTENTS = ("even", "wide", "blocks", "huge", "zeros", "integers", "tiny", "units", "units")
 # Numbers this far below the normal ones may be flushed to zero by units that know no others.
 FLUSHED = 2.0**-126
 
@@ -111,7 +111,8 @@ def operand_error(value: Tensor, declared: Operand) -> Tensor:
     padded = nn.functional.pad(size, (0, -columns % c, 0, -rows % r))
     largest = padded.view(-(-rows // r), r, -(-columns // c), c).amax((1, 3))
     floor = (declared.shared * largest).clamp(min=declared.least)
-    return found + floor.repeat_interleave(r, 0)[:rows].repeat_interleave(c, 1)[:, :columns]
+    # Zero has a code in every format.
+    return found + floor.repeat_interleave(r, 0)[:rows].repeat_interleave(c, 1)[:, :columns] * (size != 0)
 
 
 class Maps:
@@ -131,6 +132,7 @@ class Maps:
         content: str | None = None,
         rows: Sequence[int] = ROWS,
         inputs: Sequence[int] = INPUTS,
+        outputs: Sequence[int] = OUTPUTS,
     ) -> None:
         self.case = case
         self.part = configured(case)
@@ -142,7 +144,7 @@ class Maps:
         self.declared = Linear(
             name="map",
             inputs=case.choice("inputs", WHOLE if whole and inputs is INPUTS else inputs),
-            outputs=case.choice("outputs", WHOLE if whole else OUTPUTS),
+            outputs=case.choice("outputs", WHOLE if whole and outputs is OUTPUTS else outputs),
             bias=case.boolean("bias") if bias is None else bias,
             groups=self.groups,
             sensitive=case.boolean("sensitive") if sensitive is None else sensitive,
@@ -155,6 +157,7 @@ class Maps:
             self.ends = sorted(cuts)
         self.number = number
         sort = content or case.choice("content", CONTENTS)
+        self.unit = case.choice("unit", ("weight", "x", "gradient")) if sort == "units" else None
         self.weight_values = self._content("weight", sort, self.declared.weight.shape)
         self.bias_values = (
             case.normal("shift", *self.declared.weights[1].shape, dtype=torch.float32)
@@ -185,6 +188,11 @@ class Maps:
             x = torch.randint(-8, 9, whole, generator=generator).float()
         elif sort == "huge" and x.numel():
             x.view(-1)[int(torch.randint(x.numel(), (), generator=generator))] = 4.0**reach
+        elif sort == "tiny" and label != "weight":
+            x = x * 2.0 ** (-20 if self.half else -110)
+        elif sort == "units" and label == self.unit:
+            # One in each row: a product is then one element of the other operand.
+            x = torch.eye(whole[1]).repeat(-(-whole[0] // whole[1]), 1)[: whole[0]]
         elif sort == "zeros" and x.numel():
             x[:, torch.rand(whole[1], generator=generator) < 0.5] = 0
             x[: whole[0] // 2] = 0
@@ -322,6 +330,13 @@ class Maps:
         """a b^T of operands that are rounded already, or need no rounding."""
         value, most, least = _product(a, Operand(), b, Operand())
         return Bounded(exact=value, bound=self._bound(value, most, least, a, b, dtype, False))
+
+    def bounded_matrix(self) -> Bounded:
+        """The weight that is multiplied by."""
+        value = self.stored(self.weight_values).double()
+        stack = value.view(-1, *value.shape[-2:])
+        bound = torch.stack([operand_error(each, self.rounding.weight) for each in stack])
+        return Bounded(exact=value, bound=bound.view(value.shape))
 
     def _bound(
         self, value: Tensor, most: Tensor, least: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, same: bool

@@ -34,7 +34,7 @@ def of_several(subject: Subject) -> str | None:
     "definition",
     "outputs and every gradient are sums over a token's experts of weight times result, wherever these are",
     kills="weights-before-experts",
-    examples=12,
+    examples=15,
 )
 def definition(case: Case) -> None:
     tried = Exchanged(case)
@@ -177,7 +177,7 @@ def beside(case: Case) -> None:
     examples=10,
 )
 def steps(case: Case) -> None:
-    tried = Exchanged(case, each=(1, 2, 3, 3))
+    tried = Exchanged(case)
     rounds = getattr(tried.config, "rounding", None)
     carried = None if rounds is None or tried.ranks == 1 else rounds(tried.ranks)
 
@@ -273,6 +273,44 @@ def again(case: Case) -> None:
         for other in others:
             for name, each in other.items():
                 case.equal(each, first[name], name)
+
+
+@law(
+    "comm",
+    "in-flight",
+    "tokens are combined as they were dispatched, whatever was dispatched since",
+    kills="sent-is-kept-on-the-backend",
+    examples=6,
+)
+def in_flight(case: Case) -> None:
+    tried = Exchanged(case)
+
+    def run(rank: int, group: Any) -> list[Tensor]:
+        given = tried.given(rank)
+        elsewhere = torch.where(
+            given.indices < tried.groups, (given.indices + 1) % tried.groups, given.indices
+        )
+        other = attrs.evolve(given, x=given.x.flip(0), indices=elsewhere, weights=-2 * given.weights)
+        made, found = tried.make(group), []
+        alone = [tried.run(tried.make(group), each) for each in (given, other)]
+        leaves, results = [], []
+        sent = []
+        for each in (given, other):
+            x = each.x.clone().requires_grad_()
+            rows, counts, token = made.dispatch(x, Routing(each.indices, each.weights))
+            leaves.append(x)
+            sent.append((rows, counts, token))
+        for each, (rows, counts, token) in zip((given, other), sent, strict=True):
+            results.append(made.combine(_affine(each)(rows, counts), token).to(each.x.dtype))
+        for y, x, wanted in zip(results, leaves, alone, strict=True):
+            (gradient,) = torch.autograd.grad(y, x, given.cotangent)
+            found += [y.detach(), wanted["y"], gradient, wanted["x"]]
+        return found
+
+    names = ("y", "the gradient of x") * 2
+    for found in tried.everywhere(run):
+        for name, one, alone in zip(names, found[::2], found[1::2], strict=True):
+            case.equal(one, alone, name)
 
 
 @law(

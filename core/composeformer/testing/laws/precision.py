@@ -31,6 +31,7 @@ def error(case: Case) -> None:
     wanted = maps.bounded(linear.dtype)
     for name, each in maps.run(linear).items():
         near(case, each, wanted[name], name)
+    near(case, linear.matrix(), maps.bounded_matrix(), "the matrix")
 
 
 @of_maps(
@@ -69,7 +70,16 @@ def sums(case: Case) -> None:
 def bias(case: Case) -> None:
     """Gradients of one sign and size: a narrow sum stops where they are half of its last bit."""
     stacked = case.choice("stack", (True, True, False))
-    maps = Maps(case, groups=stacked, bias=True, sensitive=False, content="even", rows=(601,), inputs=(16,))
+    maps = Maps(
+        case,
+        groups=stacked,
+        bias=True,
+        sensitive=False,
+        content="even",
+        rows=(601,),
+        inputs=(16,),
+        outputs=(16, 7),
+    )
     linear = maps.linear()
     size = 2.0 ** case.integer("exponent", -6, 6)
     g = torch.where(maps.cotangent.isnan(), maps.cotangent, torch.full_like(maps.cotangent, size))

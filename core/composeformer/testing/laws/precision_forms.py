@@ -3,7 +3,6 @@
 Shapes: N rows, I inputs, O outputs, E groups.
 """
 
-from copy import deepcopy
 from functools import partial
 from math import prod
 from typing import Any
@@ -198,29 +197,6 @@ def dtypes(case: Case) -> None:
         )
     wanted = DTYPES[maps.form.storage]
     case.equal(linear.weight.dtype, wanted, "the dtype of the weight")
-
-
-@of_maps(
-    "modes",
-    "without gradients, and in rows of any shape, a map gives the same; twice it gives the same bits",
-    kills="noise-in-training",
-    examples=10,
-)
-def modes(case: Case) -> None:
-    maps = Maps(case)
-    linear = maps.linear()
-    once, twice = maps.run(linear), maps.run(linear)
-    for name, each in once.items():
-        case.equal(twice[name], each, f"{name}, again")
-    bound = maps.bounded(linear.dtype, same=True)["output"].bound
-    wanted = Bounded(exact=once["output"].double(), bound=bound)
-    linear.train(not case.boolean("evaluated"))
-    mode = torch.no_grad() if case.boolean("no_grad") else torch.inference_mode()
-    with mode:
-        near(case, linear(maps.x, *maps.offsets(maps.ends)), wanted, "without gradients")
-        if maps.ends is None:
-            near(case, linear(maps.x[None, :, None])[0, :, 0], wanted, "in three dimensions")
-        near(case, deepcopy(linear)(maps.x, *maps.offsets(maps.ends)), wanted, "of a copy")
 
 
 @of_maps(
