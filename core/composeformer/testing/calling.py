@@ -13,6 +13,7 @@ from composeformer.decoder import Model
 from composeformer.plan import Node
 from composeformer.tensors import Batch
 from composeformer.testing.case import Case
+from composeformer.testing.mixing import length
 from composeformer.testing.subject import Subject
 
 Call = Callable[[Case, Model, Tensor, Batch], Tensor]
@@ -88,7 +89,7 @@ def uncalled(subject: Subject) -> str | None:
 
 def entering(case: Case) -> Tensor:
     """What enters the part in this case: ids, or hidden states (B, T, D)."""
-    tokens = case.integer("tokens", 2, TOKENS)
+    tokens = length(case, "tokens", 2) if case.subject.slot == "mixer" else case.integer("tokens", 2, TOKENS)
     if case.subject.slot in OF_IDS:
         return case.ids("x", ROWS, tokens)
     return case.stream("x", ROWS, tokens)

@@ -50,7 +50,7 @@ def settled(case: Case, rows: int, tokens: int, **told: Any) -> Tensor:
 
 
 def bits(mask: int, rows: int, tokens: int) -> Tensor:
-    """Flags (B, T), the first of each row in the lowest bits: zero is none."""
+    """Flags (B, T) of a mask: zero is none, and those of a row begin CHUNK bits after those of the one before."""
     flags = [[bool(mask >> (row * CHUNK + token) & 1) for token in range(tokens)] for row in range(rows)]
     return torch.tensor(flags)
 
@@ -95,7 +95,10 @@ def histories(draw: st.DrawFn, sort: Sort) -> list[Step]:
         index = st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=ROWS)
         kinds.append(index.map(lambda found: {"reorder": found}))
     steps = draw(st.lists(st.one_of(kinds), min_size=1, max_size=sort.steps))
-    return [draw(feeds()), *steps, draw(feeds())] if len(kinds) > 1 else steps
+    first = draw(feeds())
+    if draw(st.integers(0, 7)) == 7:
+        first["feed"] = draw(st.sampled_from(LONG))
+    return [first, *steps, draw(feeds())] if len(kinds) > 1 else [first, *steps]
 
 
 @attrs.define

@@ -19,7 +19,7 @@ from composeformer.testing.mixing import FARTHEST, length, mix, settled
     "a token sees a set: those before it may stand in any order, with their positions",
     kills="keys-grow-with-their-place",
     claimed=True,
-    examples=10,
+    examples=8,
 )
 def a_set(case: Case) -> None:
     tokens = min(length(case, "tokens", 2), getattr(case.config, "window", None) or FARTHEST)
@@ -39,7 +39,7 @@ def a_set(case: Case) -> None:
     "positions that all move on alike change nothing, where each turns pairs of features by an angle for every step",
     kills="keys-are-not-rotated",
     claimed=True,
-    examples=10,
+    examples=8,
 )
 def relative(case: Case) -> None:
     tokens, moved = length(case, "tokens", 2), case.integer("moved", 1, FARTHEST)

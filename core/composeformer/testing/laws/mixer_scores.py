@@ -5,6 +5,7 @@ Caps and sinks are held to their limits, where they are nothing, or all.
 Shapes: B rows, T tokens, D hidden size.
 """
 
+from math import log
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def changed(case: Case, **values: Any) -> Model:
     "among equal tokens each is as it is alone, at any positions: weights add up to one, and values do not turn",
     kills="values-are-rotated",
     claimed=True,
-    examples=10,
+    examples=8,
 )
 def averages(case: Case) -> None:
     tokens = length(case, "tokens", 2)
@@ -65,7 +66,7 @@ def averages(case: Case) -> None:
     "a `cap` beyond all scores is none; one below their differences makes every token count alike",
     kills="cap-is-not-divided-by",
     claimed=True,
-    examples=10,
+    examples=8,
 )
 def cap(case: Case) -> None:
     if getattr(case.config, "cap", None) is not None:
@@ -85,10 +86,10 @@ def cap(case: Case) -> None:
 @law(
     "mixer",
     "sinks",
-    "`sinks` far below all scores are none; far above, they take all weight, and no token counts",
+    "`sinks` far below all scores are none, far above they take all weight; n equal tokens count as one with ln n less",
     kills="sinks-give-back-their-weight",
     claimed=True,
-    examples=10,
+    examples=8,
 )
 def sinks(case: Case) -> None:
     tokens = length(case, "tokens", 2)
@@ -100,3 +101,10 @@ def sinks(case: Case) -> None:
         case.close(mix(case, model, x), mix(case, case.model, x), "sinks far below", terms=tokens)
         logits.fill_(FAR)
         case.equal(mix(case, model, x), mix(case, model, 2 * x), "sinks far above: twice the tokens")
+        logits.copy_(case.normal("sinks", *logits.shape, dtype=torch.float64))
+        one = mix(case, model, x[:, :1])
+        count = min(tokens, getattr(case.config, "window", None) or tokens)
+        logits.add_(log(count))
+        still = torch.zeros(1, count, dtype=torch.int64)
+        found = mix(case, model, x[:, :1].expand(1, count, -1), positions=still)[:, -1:]
+    case.close(found, one, f"{count} equal tokens, sinks higher by the logarithm", terms=tokens)
