@@ -1,93 +1,17 @@
-"""Next-token cross-entropy: which tokens have labels; the loss and its gradients are transformers'."""
+"""Next-token cross-entropy: the loss and its gradients are those of transformers."""
 
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from composeformer.assemble import build
 from composeformer.spec import Spec
-from composeformer.tensors import Batch, ModelOutput
+from composeformer.tensors import Batch
 from composeformer.train import TokenBatch
 from composeformer_training.config import NextToken
-from composeformer_training.next_token import IGNORE, NextTokenLoss
-
-V = 11
-
-
-@st.composite
-def batches(draw: st.DrawFn) -> TokenBatch:
-    rows, length = draw(st.integers(1, 3)), draw(st.integers(1, 8))
-    random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-
-    def numbers(below: int) -> Tensor:
-        return torch.randint(0, below, (rows, length), generator=random)
-
-    valid = draw(st.sampled_from([None, numbers(4) > 0, numbers(2) > 1]))
-    documents = draw(st.sampled_from([None, numbers(2).cumsum(1)]))
-    return TokenBatch(numbers(V), valid, documents)
-
-
-def outputs(batch: TokenBatch, dtype: torch.dtype = torch.float64) -> ModelOutput:
-    random = torch.Generator().manual_seed(0)
-    logits = torch.randn(*batch.ids.shape, V, generator=random).to(dtype).requires_grad_()
-    return ModelOutput(logits, logits)
-
-
-@given(batches())
-def test_a_label_is_the_next_token_where_both_are_real_and_of_one_document(batch: TokenBatch) -> None:
-    labels = NextTokenLoss(NextToken()).labels(batch.seen())
-    ids, valid, documents, _ = batch
-    for row in range(ids.shape[0]):
-        for t in range(ids.shape[1]):
-            learnt = t + 1 < ids.shape[1]
-            learnt = learnt and (valid is None or bool(valid[row, t] and valid[row, t + 1]))
-            learnt = learnt and (documents is None or bool(documents[row, t] == documents[row, t + 1]))
-            assert labels[row, t] == (ids[row, t + 1] if learnt else IGNORE)
-
-
-@settings(deadline=None)
-@given(batches(), st.none() | st.integers(1, 9))
-def test_the_sum_and_its_gradient_are_those_of_each_label_alone(batch: TokenBatch, chunk: int | None) -> None:
-    objective, out = NextTokenLoss(NextToken(chunk_tokens=chunk)), outputs(batch)
-    labels = objective.labels(batch.seen())
-    total, weight = objective(out, batch.seen())
-    total.backward()  # type: ignore[no-untyped-call]
-    gradient = out.logits.grad
-    alone = torch.zeros((), dtype=torch.float64)
-    leaf = out.logits.detach().clone().requires_grad_()
-    for row, t in (labels != IGNORE).nonzero().tolist():
-        alone = alone + cross_entropy(leaf[row, t], labels[row, t])
-    torch.testing.assert_close(total, alone, rtol=1e-12, atol=1e-12)
-    assert int(weight) == int(objective.weight(batch.seen())) == int((labels != IGNORE).sum())
-    expected = torch.zeros_like(leaf)
-    if weight:
-        (expected,) = torch.autograd.grad(alone, leaf)
-    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
-
-
-def test_no_label_is_a_zero_with_zero_gradients() -> None:
-    batch = TokenBatch(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.bool))
-    out = outputs(batch)
-    total, weight = NextTokenLoss(NextToken())(out, batch.seen())
-    total.backward()  # type: ignore[no-untyped-call]
-    assert (total.item(), int(weight)) == (0.0, 0)
-    assert torch.equal(out.logits.grad, torch.zeros_like(out.logits))
-
-
-def test_the_loss_of_narrow_logits_is_computed_in_fp32() -> None:
-    batch = TokenBatch(torch.arange(9)[None])
-    out = outputs(batch, torch.bfloat16)
-    total, _ = NextTokenLoss(NextToken())(out, batch.seen())
-    wide, _ = NextTokenLoss(NextToken())(ModelOutput(out.logits.float(), out.hidden), batch.seen())
-    assert total.dtype == torch.float32
-    assert torch.equal(total, wide)
-
+from composeformer_training.next_token import NextTokenLoss
 
 NAMES = {
     "model.embed_tokens": "embedding",
