@@ -4,8 +4,8 @@ An operand v of a product comes out within
 
     relative |v| + max(shared A, least)        A the largest finite magnitude among those that share its scale
 
-(zero as zero), and a sum of n products within `fixed` + n `each` of the sum of their magnitudes. The errors of results follow (Higham,
-Accuracy and Stability of Numerical Algorithms, chapters 2 and 3), and laws hold parts to them.
+(zero as zero), and a sum of n products within `fixed` + n `each` of the sum of their magnitudes. The errors of results
+follow (Higham, Accuracy and Stability of Numerical Algorithms, chapters 2 and 3), and laws hold parts to them.
 
 `Precision.rounding` derives all this from a format; a policy that rounds otherwise says so by a method of its own.
 """

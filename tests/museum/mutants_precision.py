@@ -234,3 +234,27 @@ def rounds_towards_zero() -> Iterator[None]:
 
     with replaced(f"{EMULATE}:quantise", wrong):
         yield
+
+
+@mutant(
+    "nan-is-a-scale",
+    "precision",
+    "fp8-block",
+    "a block with a NaN has NaN for its scale",
+    source="pitfalls 2.22: `amax` keeps NaN",
+)
+def nan_is_a_scale() -> Iterator[None]:
+    def wrong(quantise):
+        def spoilt(x, block, form, rule):
+            import torch
+
+            from composeformer_fp8.quantise import _cut, values
+
+            codes, scales = quantise(x, block, form, rule)
+            odd = _cut(values(codes).isnan().float(), block).amax((-3, -1)) > 0
+            return codes, scales.masked_fill(odd, torch.nan)
+
+        return spoilt
+
+    with replaced(f"{EMULATE}:quantise", wrong):
+        yield

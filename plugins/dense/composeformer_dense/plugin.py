@@ -141,7 +141,7 @@ COMPONENTS = (
         reference("precision:FullPolicy"),
         summary="one dtype for everything",
         default=True,
-        claims=("rows-alone", "powers-of-two", "repeats"),
+        claims=("rows-alone", "powers-of-two", "repeats", "confined"),
     ),
     Component(
         "precision",
@@ -149,7 +149,7 @@ COMPONENTS = (
         BF16,
         reference("precision:BF16Policy"),
         summary="linear maps in bfloat16",
-        claims=("rows-alone", "powers-of-two", "repeats"),
+        claims=("rows-alone", "powers-of-two", "repeats", "confined"),
     ),
 )
 

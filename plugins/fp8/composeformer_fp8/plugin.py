@@ -12,7 +12,7 @@ from composeformer_fp8.configs.mx import MXFP8
 from composeformer_fp8.configs.scaled import FP8Block, FP8Tensor, fast_needs, triton_needs
 
 # Of what shares no scale with another token; only powers of two leave every code as it is.
-ALONE = ("rows-alone", "powers-of-two", "repeats")
+ALONE = ("rows-alone", "powers-of-two", "repeats", "confined")
 # Of codecs whose scales are found again from what they gave.
 EXACT = ("repeats-codes", "powers-of-two")
 
@@ -39,7 +39,7 @@ COMPONENTS: tuple[Component, ...] = (
         SCALED,
         summary="FP8 products, a scale for a tensor",
         strategy="composeformer_fp8.testing:fp8_tensors",
-        claims=("powers-of-two", "repeats"),
+        claims=("powers-of-two", "repeats", "confined"),
     ),
     Component(
         "precision",

@@ -6,6 +6,7 @@ Shapes: N rows, I inputs, O outputs, E groups.
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from composeformer import lazy
 from composeformer.contracts import Implementation
@@ -145,44 +146,62 @@ def foreign_groups(case: Case) -> None:
 
 
 @of_maps(
-    "neighbours",
-    "what is not finite is not hidden, and is met where it is multiplied alone",
+    "not-finite",
+    "what is not finite is not hidden; what shares no scale with it stays right, what does is right or not finite",
     kills="infinity-spoils-its-block",
 )
-def neighbours(case: Case) -> None:
-    maps = Maps(case, groups=False, rows=(2, 5, 33, 130))
+def not_finite(case: Case) -> None:
+    _meets(case, confined=False)
+
+
+@of_maps(
+    "confined",
+    "what is not finite is met where it is multiplied alone",
+    kills="nan-is-a-scale",
+    claimed=True,
+)
+def confined(case: Case) -> None:
+    _meets(case, confined=True)
+
+
+def _meets(case: Case, confined: bool) -> None:
+    """NaN or an infinity in the input, and in the weight where it is stored plainly."""
+    maps = Maps(case, groups=False, bias=False, rows=(2, 5, 33, 130))
     odd = case.choice("value", (torch.nan, torch.inf, -torch.inf))
     row, column = case.integer("row", 0, maps.number - 1), case.integer("column", 0, maps.declared.inputs - 1)
-    plain = maps.x.clone()
-    plain[row, column] = 0
-    wanted = maps.bounded(maps.linear().dtype, plain)["output"]
-    x = plain.clone()
+    maps.x[row, column] = 0
+    x = maps.x.clone()
     x[row, column] = odd
     with torch.no_grad():
         y = maps.linear()(x)
     case.require(not y[row].isfinite().any(), f"a row with {odd} has finite outputs")
-    rest = [n for n in range(maps.number) if n != row]
-    near(
-        case,
-        y[rest],
-        Bounded(exact=wanted.exact[rest], bound=wanted.bound[rest]),
-        f"rows beside one with {odd}",
-    )
-    if maps.codec is not None or maps.declared.outputs == 1:
+    block = None if confined else maps.rounding.activation.block[0]
+    _beside(case, y, maps, row, block, f"rows beside one with {odd}")
+    if maps.codec is not None:
         return
     output = case.integer("output", 0, maps.declared.outputs - 1)
     weight = maps.weight_values.clone()
-    weight[output, column] = odd
+    weight[output, column], maps.weight_values[output, column] = odd, 0
     with torch.no_grad():
-        y = maps.linear(weight)(plain)
-    met = plain[:, column] != 0
+        y = maps.linear(weight)(maps.x)
+    met = maps.x[:, column] != 0
     case.require(not y[met, output].isfinite().any(), f"an output whose weight has {odd} is finite")
-    rest = [n for n in range(maps.declared.outputs) if n != output]
-    # What it shared a scale with may have another now, of the finite ones that are left.
-    maps.weight_values[output, column] = 0
-    wanted = maps.bounded(maps.linear().dtype, plain)["output"]
-    beside = Bounded(exact=wanted.exact[:, rest], bound=wanted.bound[:, rest])
-    near(case, y[:, rest], beside, f"outputs beside one with {odd}")
+    block = None if confined else maps.rounding.weight.block[0]
+    _beside(case, y, maps, output, block, f"outputs beside one with {odd}", dim=1)
+
+
+def _beside(case: Case, y: Tensor, maps: Maps, odd: int, block: int | None, told: str, dim: int = 0) -> None:
+    """All outputs but the odd row of them (or column, dim 1), which must be what they are without the odd number. In a
+    `block` of so many rows, 0 for all, that shares a scale with it, they may be not finite.
+    """
+    wanted = maps.bounded(y.dtype)["output"]
+    rest = torch.tensor([n for n in range(y.shape[dim]) if n != odd], dtype=torch.int64)
+    found, exact, bound = (each.index_select(dim, rest) for each in (y.double(), wanted.exact, wanted.bound))
+    if block is not None:
+        size = block or y.shape[dim]
+        shares = (rest // size == odd // size).unsqueeze(1 - dim)
+        found = torch.where(shares & ~found.isfinite(), exact, found)
+    near(case, found, Bounded(exact=exact, bound=bound), told)
 
 
 @of_maps(
