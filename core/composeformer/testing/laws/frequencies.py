@@ -55,6 +55,7 @@ def check(case: Case, part: Any, extend: Callable[[Tensor], Tensor], told: str) 
     "unextended, with a factor of 1 if it has one, pair r of R turns by theta^(-r / R) a position",
     kills="rope-theta-is-its-own",
     claimed=True,
+    examples=10,
 )
 def geometric(case: Case) -> None:
     part = case.part
@@ -69,6 +70,7 @@ def geometric(case: Case) -> None:
     "every frequency is divided by the factor",
     kills="rope-multiplies-by-the-factor",
     claimed=True,
+    examples=10,
 )
 def interpolated(case: Case) -> None:
     check(case, case.part, lambda base: base / case.config.factor, "angles of divided frequencies")
@@ -80,6 +82,7 @@ def interpolated(case: Case) -> None:
     "long wavelengths are divided by the factor, short ones kept, those between blended by how often they turn",
     kills="rope-bands-swapped",
     claimed=True,
+    examples=15,
 )
 def by_wavelength(case: Case) -> None:
     config = case.config
@@ -100,7 +103,7 @@ def by_wavelength(case: Case) -> None:
     "pairs that turn beta_fast times in the original context are kept, beta_slow times divided, a ramp between",
     kills="rope-ramp-reversed",
     claimed=True,
-    examples=40,
+    examples=30,
 )
 def by_parts(case: Case) -> None:
     config = case.config
@@ -131,7 +134,7 @@ def by_parts(case: Case) -> None:
     "tables lie on a circle of radius 1, or of the attention factor, stated or from the factor and mscale",
     kills="rope-amplitude-squared",
     claimed=True,
-    examples=40,
+    examples=20,
 )
 def amplitude(case: Case) -> None:
     config = case.config

@@ -29,6 +29,7 @@ def read(case: Case, model: Model, x: Tensor) -> Tensor:
     "each-token-alone",
     "a token's logits are those of its own hidden state, whatever the others hold",
     kills="head-centres-over-tokens",
+    examples=6,
 )
 def each_token_alone(case: Case) -> None:
     rows, tokens = case.integer("rows", 1, 3), case.integer("tokens", 2, 6)

@@ -54,6 +54,7 @@ def wide_bound(case: Case, x: Tensor, wanted: Tensor) -> float:
     "each-token-alone",
     "a token's output is its own norm, whatever the others hold, NaN included",
     kills="norm-over-the-tokens",
+    examples=8,
 )
 def each_token_alone(case: Case) -> None:
     rows, tokens = case.integer("rows", 1, 3), case.integer("tokens", 2, 6)
@@ -122,6 +123,7 @@ def true_scale(case: Case) -> None:
     "finite",
     "zeros, tiny and huge tokens have finite outputs and gradients",
     kills="norm-divides-by-the-plain-root",
+    examples=10,
 )
 def finite(case: Case) -> None:
     x = drawn(case, getattr(torch, case.choice("of", DTYPES_BY_NAME)))

@@ -68,6 +68,7 @@ def rounding(tables: Rotary, x: Tensor, dtype: torch.dtype) -> float:
     "tables-in-fp32",
     "tables are fp32 and the same bits after any cast, a meta build, and in a model of any dtype",
     kills="rope-frequencies-cast-with-the-model",
+    examples=8,
 )
 def tables_in_fp32(case: Case) -> None:
     at, part = positions(case), case.part
@@ -99,6 +100,7 @@ def tables_in_fp32(case: Case) -> None:
     "each-position-alone",
     "a position's tables depend on it alone, not on the others nor on their number",
     kills="rope-stretched-by-what-it-sees",
+    examples=8,
 )
 def each_position_alone(case: Case) -> None:
     at = positions(case)
@@ -122,6 +124,7 @@ def gap_of(found: Tensor, wanted: Tensor) -> float:
     "linear",
     "turning is linear, each token and head alone, in the dtype of the heads and computed in fp32 at least",
     kills="rope-tables-cast-to-the-heads",
+    examples=10,
 )
 def linear(case: Case) -> None:
     tables = case.part(positions(case))
@@ -157,6 +160,7 @@ def linear(case: Case) -> None:
     "inverse",
     "what was turned, turned back, is what it was; its gradient is the transposed map's",
     kills="rope-inverse-keeps-the-scale",
+    examples=8,
 )
 def inverse(case: Case) -> None:
     tables = case.part(positions(case))
@@ -177,7 +181,7 @@ def inverse(case: Case) -> None:
     "any-width",
     "a width that can not be turned is refused on paper; any other one can",
     kills="rope-of-an-odd-width",
-    examples=10,
+    examples=8,
 )
 def any_width(case: Case) -> None:
     width = case.integer("width", 1, 13)
@@ -201,7 +205,7 @@ def any_width(case: Case) -> None:
     "own-tables",
     "where parts of a model have several positions, each reads its own tables",
     kills="rope-tables-under-one-name",
-    examples=8,
+    examples=6,
 )
 def own_tables(case: Case) -> None:
     from composeformer.testing.tables import tables

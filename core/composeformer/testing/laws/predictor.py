@@ -59,6 +59,7 @@ def settled(case: Case, rows: int, shortest: int = 4, longest: int = LONGEST) ->
     "leaves-the-model",
     "logits, hidden states and side results of the model are the same bits with its predictions and without",
     kills="predictor-normalises-in-place",
+    examples=10,
 )
 def leaves_the_model(case: Case) -> None:
     ids = case.ids("ids", case.integer("rows", 1, 3), case.integer("tokens", 1, LONGEST))
@@ -84,7 +85,7 @@ def leaves_the_model(case: Case) -> None:
     "labels",
     "the label of depth k at t is token t + k + 1, or none where padding or another document is between",
     kills="predictor-labels-across-documents",
-    examples=30,
+    examples=25,
 )
 def labels(case: Case) -> None:
     rows, tokens = case.integer("rows", 1, 3), case.integer("tokens", 1, LONGEST)
@@ -153,6 +154,7 @@ def of_batch(prediction: Prediction) -> dict[tuple[int, int], int]:
     "sees-no-label",
     "depth k at token t knows no token after t + k",
     kills="predictor-embeds-its-label",
+    examples=10,
 )
 def sees_no_label(case: Case) -> None:
     ids = settled(case, case.integer("rows", 1, 2))
@@ -174,6 +176,7 @@ def sees_no_label(case: Case) -> None:
     "documents",
     "packed documents are predicted, and counted, as each alone",
     kills="predictor-forgets-the-documents",
+    examples=10,
 )
 def documents(case: Case) -> None:
     ids = settled(case, case.integer("rows", 1, 2), 5)
@@ -206,6 +209,7 @@ def same_counts(case: Case, whole: ModelOutput, parts: Sequence[ModelOutput]) ->
     "padding",
     "rows of other lengths, padded on either side with anything, are predicted and counted as each alone",
     kills="predictor-counts-its-padding",
+    examples=10,
 )
 def padding(case: Case) -> None:
     ids = settled(case, 2)
@@ -235,7 +239,7 @@ def padding(case: Case) -> None:
     "shares",
     "the depths' shares of the loss weight are no less than 0 and add up to 1",
     kills="predictor-sums-its-depths",
-    examples=5,
+    examples=4,
 )
 def shares(case: Case) -> None:
     with torch.no_grad():
@@ -251,7 +255,7 @@ def shares(case: Case) -> None:
     "uses-as-declared",
     "it runs the model's head as often for each token as its cost says",
     kills="predictor-hides-its-head",
-    examples=5,
+    examples=4,
 )
 def uses_as_declared(case: Case) -> None:
     ids = case.ids("ids", 1, 32)

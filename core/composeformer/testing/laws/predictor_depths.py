@@ -41,6 +41,7 @@ def from_hidden(
     "each depth's logits are the model's own head over its hidden states, and learn through it",
     kills="predictor-keeps-a-head-of-its-own",
     claimed=True,
+    examples=5,
 )
 def own_head(case: Case) -> None:
     ids = settled(case, 1)
@@ -72,6 +73,7 @@ def own_head(case: Case) -> None:
     "it reads the hidden states behind the model's last norm, not the stream before it",
     kills="predictor-reads-the-stream",
     claimed=True,
+    examples=5,
 )
 def reads_hidden(case: Case) -> None:
     ids = settled(case, case.integer("rows", 1, 2))
@@ -91,6 +93,7 @@ def reads_hidden(case: Case) -> None:
     "what joins a token's embedding (enorm) with a hidden state (hnorm) has the embedding's features first",
     kills="predictor-joins-hidden-first",
     claimed=True,
+    examples=6,
 )
 def embedding_first(case: Case) -> None:
     ids = settled(case, 1)
@@ -142,6 +145,7 @@ def joins(case: Case) -> dict[str, Linear]:
     "depth k + 1 is to what depth k left what depth 1 is to the model",
     kills="predictor-goes-on-before-the-norm",
     claimed=True,
+    examples=12,
 )
 def sequential(case: Case) -> None:
     ids = settled(case, case.integer("rows", 1, 2))

@@ -27,7 +27,7 @@ CALLS = st.lists(st.tuples(st.integers(1, 3), BITS, BITS, RIGHT), min_size=3, ma
     "drafts",
     "drafting from caches, in any pieces, after right and wrong drafts, says what a full forward says",
     kills="predictor-keeps-wrong-drafts",
-    examples=30,
+    examples=25,
 )
 def drafts(case: Case) -> None:
     drawn = case.draw("calls", CALLS)
@@ -86,7 +86,7 @@ def columns(width: int, masks: list[int], left: list[int]) -> Tensor:
     "speculative",
     "greedy text with drafts is greedy text without, where no two logits are within rounding",
     kills="predictor-drafts-are-taken-unseen",
-    examples=10,
+    examples=8,
 )
 def speculative(case: Case) -> None:
     widened(case)

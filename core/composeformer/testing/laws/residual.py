@@ -69,6 +69,7 @@ def drawn(case: Case) -> Tensor:
     "calls-each-once",
     "it calls each sublayer that its layer has once, on (B, T, D), and what each gives reaches the stream",
     kills="residual-forgets-a-sublayer",
+    examples=10,
 )
 def calls_each_once(case: Case) -> None:
     lacking = case.choice("lacking", (None, *SUBLAYERS))
@@ -110,6 +111,7 @@ def calls_each_once(case: Case) -> None:
     "each-token-alone",
     "a token's stream is made of its own alone, in a layer and at both ends, whatever the others hold",
     kills="residual-weighs-by-the-rest",
+    examples=8,
 )
 def each_token_alone(case: Case) -> None:
     rows, tokens = case.integer("rows", 1, 3), case.integer("tokens", 2, 5)
@@ -146,7 +148,7 @@ def keeps_its_dtype(case: Case) -> None:
     "side-results",
     "the side results of all sublayers come out as they were given",
     kills="residual-keeps-the-last-side-results",
-    examples=8,
+    examples=5,
 )
 def side_results(case: Case) -> None:
     x = drawn(case)
@@ -181,6 +183,7 @@ def side_results(case: Case) -> None:
     "sublayers that give zeros leave the stream as it is, and its gradient",
     kills="residual-adds-the-normalised",
     claimed=True,
+    examples=8,
 )
 def identity(case: Case) -> None:
     x = drawn(case)
@@ -197,6 +200,7 @@ def identity(case: Case) -> None:
     "the stream gains what the sublayers give, each once",
     kills="residual-adds-one-twice",
     claimed=True,
+    examples=6,
 )
 def adds(case: Case) -> None:
     x = drawn(case)
@@ -213,6 +217,7 @@ def adds(case: Case) -> None:
     "a sublayer reads the stream that those before it left",
     kills="residual-in-parallel",
     claimed=True,
+    examples=6,
 )
 def in_order(case: Case) -> None:
     x = drawn(case)
@@ -247,6 +252,7 @@ def in_order(case: Case) -> None:
     "a sublayer reads the stream through the norm of its name, the head through the last one; the stream has none",
     kills="residual-swaps-its-norms",
     claimed=True,
+    examples=8,
 )
 def normalises_first(case: Case) -> None:
     x = drawn(case)

@@ -49,6 +49,7 @@ def pair_order(case: Case, pairs: int) -> tuple[Tensor, Tensor]:
     "the turn of a pair between two positions is that of their distance, however far they are",
     kills="rope-positions-in-half-precision",
     claimed=True,
+    examples=12,
 )
 def relative(case: Case) -> None:
     j, distance = case.integer("j", 0, FARTHEST), case.integer("distance", 0, FARTHEST)
@@ -72,6 +73,7 @@ def relative(case: Case) -> None:
     "scores of turned queries and keys depend on the distance alone",
     kills="rope-turns-keys-and-queries-apart",
     claimed=True,
+    examples=8,
 )
 def scores(case: Case) -> None:
     near = case.integers("near", 0, 40, 2, 2)
@@ -95,6 +97,7 @@ def scores(case: Case) -> None:
     "pairs turn from the first feature towards the second; layout says which are pairs, fraction how many turn",
     kills="rope-layouts-mixed-up",
     claimed=True,
+    examples=12,
 )
 def rotation(case: Case) -> None:
     tables = case.part(positions(case))
