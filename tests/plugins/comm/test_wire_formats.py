@@ -1,8 +1,8 @@
 """Wire formats: what a backend computes is what one process computes from rounded rows and gradients.
 
 Dispatch rounds rows, and the gradients of results, to its format; combine rounds results, and the gradients of rows,
-to its own; straight through. Per expert the two computations agree bit for bit. Where partial sums travel, each hop
-rounds them to bfloat16, by at most 2^-8 of a sum whose magnitude its terms' bound.
+to its own; straight through. Per expert the two computations agree bit for bit. (That all are within the declared error
+is a law.)
 """
 
 import pytest
@@ -42,7 +42,7 @@ class Round(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "dispatch", "combine"), [(4, *FORMATS[0]), (2, *FORMATS[1]), (2, *FORMATS[2]), (4, *FORMATS[3])]
+    ("ranks", "dispatch", "combine"), [(4, *FORMATS[0]), (2, *FORMATS[1]), (2, *FORMATS[2]), (2, *FORMATS[3])]
 )
 @few
 @given(data=st.data())
@@ -64,40 +64,6 @@ def test_per_expert_it_is_local_around_the_rounding_bit_for_bit(lab, ranks, disp
         together = lab.joined(found)
         for name, a, b in zip(wanted._fields, together[:5], wanted[:5]):
             assert torch.equal(a, b), name
-
-
-@pytest.mark.parametrize(
-    ("kind", "dispatch", "combine"),
-    [
-        ("collective, once per rank", *FORMATS[0]),
-        ("hierarchical", *FORMATS[0]),
-        ("hierarchical", *FORMATS[1]),
-    ],
-)
-@few
-@given(data=st.data())
-def test_partial_sums_round_once_a_hop(lab, kind, dispatch, combine, data):
-    cases = [data.draw(lab.cases(4, width=width)) for width in (3, 130)]
-    config = lab.configs[kind](4, dispatch_format=dispatch, combine_format=combine)
-    hops = len(config.hops(4)) if combine == "bf16" else 0
-    for case, found in zip(cases, lab.spread(cases, config), strict=True):
-        inputs = lab.inputs(case)
-        changes = {name: rounded(getattr(inputs, name), dispatch) for name in ("x", "cotangent")}
-        wanted, together = lab.alone(case, **changes), lab.joined(found)
-        scales = lab.run(
-            LocalExchange(Local(), lab.experts),
-            inputs._replace(
-                **{name: value.double().abs() for name, value in changes.items()},
-                weights=inputs.weights.double(),
-                matrices=inputs.matrices.double().abs(),
-            ),
-        )
-        order = 2.0**-24 * 2 * (sum(map(len, case.indices)) + case.top_k)
-        assert torch.equal(together.to_weights, wanted.to_weights)
-        for name, rounds in (("y", hops), ("to_x", hops), ("to_matrices", 0)):
-            a, b, scale = (getattr(each, name).double() for each in (together, wanted, scales))
-            # (1 + u)^hops - 1, and the order of sums.
-            assert ((a - b).abs() <= scale * ((1 + 2**-8) ** rounds - 1 + order)).all(), name
 
 
 def test_rounding_depends_on_no_placement(lab):

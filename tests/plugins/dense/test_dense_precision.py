@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from composeformer.contracts import Linear, Weight
@@ -13,7 +11,6 @@ from composeformer.tensors import DTYPES
 from composeformer_dense.configs.precision import BF16, Full
 from composeformer_dense.precision import CastLinear
 
-quick = settings(max_examples=30, deadline=None, derandomize=True)
 POLICIES = [{"kind": "full", "dtype": d} for d in ("float32", "bfloat16", "float16", "float64")]
 POLICIES += [{"kind": "bf16"}, {"kind": "bf16", "weights": "bfloat16"}]
 policies = pytest.mark.parametrize("precision", POLICIES, ids=lambda p: "-".join(p.values()))
@@ -75,47 +72,6 @@ def test_cache_and_stream_have_the_declared_dtype(lab, precision):
         hidden = model(ids, cache=cache).hidden
     assert hidden.dtype == model.activations == wanted
     assert {t.dtype for t in cache.get("layers.0.mixer").tensors.values()} == {wanted}
-
-
-@quick
-@given(data=st.data(), groups=st.integers(1, 5), bias=st.booleans())
-def test_ragged_groups_use_their_own_maps_with_gradients(data, groups, bias):
-    """Empty groups get zero gradients; rows beyond the last group come out as zeros, get none, even NaN."""
-    counts = data.draw(st.lists(st.integers(0, 3), min_size=groups, max_size=groups))
-    spare = data.draw(st.integers(0, 2))
-    generator = torch.Generator().manual_seed(groups)
-    make = {"generator": generator, "dtype": torch.float64}
-    weight = nn.Parameter(torch.randn(groups, 4, 3, **make))
-    shift = nn.Parameter(torch.randn(groups, 4, **make)) if bias else None
-    x = torch.randn(sum(counts) + spare, 3, **make)
-    x[sum(counts) :] = torch.nan
-    x.requires_grad_()
-    linear = CastLinear(weight, shift, torch.float64)
-    y = linear(x, torch.tensor(counts).cumsum(0).int())
-    group = torch.repeat_interleave(torch.arange(groups), torch.tensor(counts))
-    used = x[: sum(counts)]
-    wanted = torch.einsum("ni,noi->no", used, weight[group]) + (0 if shift is None else shift[group])
-    assert torch.allclose(y[: sum(counts)], wanted, rtol=1e-12, atol=1e-12)
-    assert y.shape == (len(x), 4)
-    assert not y[sum(counts) :].any()
-    parameters = [x, weight] + ([] if shift is None else [shift])
-    cotangent = torch.randn(y.shape, **make)
-    found = torch.autograd.grad(y, parameters, cotangent)
-    expected = torch.autograd.grad(wanted, parameters, cotangent[: sum(counts)], allow_unused=True)
-    for a, b in zip(found, expected, strict=True):
-        assert torch.allclose(a, torch.zeros_like(a) if b is None else b, rtol=1e-12, atol=1e-12)
-
-
-def test_matrix_follows_the_masters_and_carries_their_gradient():
-    weight = nn.Parameter(torch.randn(4, 3))
-    linear = CastLinear(weight, None, torch.bfloat16)
-    with torch.no_grad():
-        weight += 1
-    assert torch.equal(linear.matrix(), weight.bfloat16())
-    linear.matrix().float().sum().backward()
-    assert weight.grad is not None
-    assert weight.grad.dtype == torch.float32
-    assert torch.equal(weight.grad, torch.ones(4, 3))
 
 
 def test_a_linear_map_says_its_shape():

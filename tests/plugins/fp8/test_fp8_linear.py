@@ -5,19 +5,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from composeformer.contracts import Linear
-from composeformer.policy import PolicyLinear
 from composeformer_fp8.configs.mx import MXFP8
 from composeformer_fp8.configs.scaled import FP8Block, FP8Tensor, Scaled
 from composeformer_fp8.emulate import Emulated, Held
 from composeformer_fp8.linear import Scaled as ScaledLinear
 from composeformer_fp8.numbers import E4M3
-from composeformer_fp8.plain import High
 from composeformer_fp8.policy import Quick, Reference
 from composeformer_fp8.quantise import dequantise, quantise
 from composeformer_fp8.testing import content, magnitude
@@ -146,69 +142,6 @@ def weight_gradient(linear: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("bias", [False, True])
-def test_groups_are_maps_of_their_own_and_rows_of_nobody_are_poison(name: str, policy: str, bias: bool) -> None:
-    stack = made(name, policy, groups=4, bias=bias)
-    ends = torch.tensor([70, 70, 210, 290])
-    x = content("even", (300, 200), 2)
-    gradient = content("even", (300, 130), 3).bfloat16()
-    x[290:], gradient[290:] = torch.nan, torch.nan
-    x.requires_grad_()
-    y = stack(x, ends)
-    y.backward(gradient)
-    assert not y[290:].any()
-    assert x.grad is not None
-    assert not x.grad[290:].any()
-    for group, (start, stop) in enumerate(zip([0, *ends.tolist()], ends.tolist())):
-        own = made(name, policy, bias=bias)
-        with torch.no_grad():
-            own.weight.copy_(stack.weight[group])
-            if bias:
-                own.bias.copy_(stack.bias[group])
-        rows = x.detach()[start:stop].requires_grad_()
-        alone = own(rows)
-        alone.backward(gradient[start:stop])
-        assert torch.equal(y[start:stop], alone)
-        assert torch.equal(x.grad[start:stop], rows.grad)
-        assert torch.equal(stack.weight.grad[group], own.weight.grad)
-        if bias:
-            # Both add the same numbers in fp32, each in an order of its own.
-            most = 2 * (stop - start) * 2.0**-24 * gradient[start:stop].float().abs().sum(0)
-            assert ((stack.bias.grad[group] - own.bias.grad).abs() <= most).all()
-    assert not stack.weight.grad[1].any()
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("groups", [None, 3])
-@pytest.mark.parametrize("name", ["block", "tensor", "mx"])
-def test_no_rows_give_no_outputs_and_zero_gradients(name: str, groups: int | None, policy: str) -> None:
-    linear = made(name, policy, groups=groups, bias=True)
-    x = torch.zeros(0, 200, requires_grad=True)
-    y = linear(x, None if groups is None else torch.zeros(groups, dtype=torch.int32))
-    y.sum().backward()
-    assert y.shape == (0, 130)
-    assert x.grad is not None
-    assert x.grad.shape == x.shape
-    assert not linear.weight.grad.any()
-    assert not linear.bias.grad.any()
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", CONFIGS)
-def test_modes_without_gradients_compute_the_same(name: str, policy: str) -> None:
-    linear = made(name, policy, bias=True)
-    x = content("even", (6, 200), 5).view(2, 3, 200)
-    expected = linear(x).detach()
-    with torch.no_grad():
-        assert torch.equal(linear(x), expected)
-    with torch.inference_mode():
-        assert torch.equal(linear(x), expected)
-    assert expected.shape == (2, 3, 130)
-    assert expected.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", CONFIGS)
 def test_recomputation_gives_the_very_gradients(name: str, policy: str) -> None:
     found = []
     for again in (False, True):
@@ -249,55 +182,6 @@ def test_only_gradients_that_are_needed_are_computed(wanted: tuple[str, ...]) ->
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("groups", [None, 2])
-def test_matrix_is_what_forward_multiplies_by(name: str, policy: str, groups: int | None) -> None:
-    """Unit rows are quantised exactly, so that the map gives the matrix itself; its master is another one."""
-    linear = made(name, policy, groups=groups, dtype=torch.float32)
-    assert isinstance(linear, PolicyLinear)
-    eye = torch.eye(200)
-    if groups is None:
-        used = linear(eye).mT
-    else:
-        used = linear(torch.cat([eye] * groups), torch.arange(1, groups + 1) * 200).view(groups, 200, -1).mT
-    matrix = linear.matrix()
-    # A one has the code 448 and the scale 1 / 448, whose product with another's code and scale is rounded twice.
-    assert ((used - matrix).abs() <= 2.0**-22 * matrix.abs()).all()
-    assert ((linear.weight - matrix).abs() > 2.0**-8 * matrix.abs()).float().mean() > 0.5
-
-
-@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**31), st.sampled_from(sorted(CONFIGS)))
-@settings(max_examples=20)
-def test_inputs_of_sign_alone_meet_the_matrix_and_no_other(rows: int, inputs: int, seed: int, name: str) -> None:
-    linear = made(name, "reference", inputs=inputs, outputs=7, dtype=torch.float32)
-    x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed)).sign()
-    x[x == 0] = 1
-    matrix = linear.matrix().detach().double()
-    recipe = CONFIGS[name].recipe
-    bound = (recipe.accumulation_error(inputs) + 2.0**-22) * matrix.abs().sum(1)
-    assert ((linear(x).double() - x.double() @ matrix.mT).abs() <= bound).all()
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", CONFIGS)
-def test_matrix_passes_its_gradient_to_the_master_and_is_never_stale(name: str, policy: str) -> None:
-    linear = made(name, policy)
-    matrix = linear.matrix()
-    assert matrix.dtype == torch.float32
-    gradient = content("even", matrix.shape, 9)
-    matrix.backward(gradient)
-    assert torch.equal(linear.weight.grad, gradient)
-    with torch.no_grad():
-        linear.weight.mul_(3)
-    again = linear.matrix()
-    fresh = made(name, policy)
-    with torch.no_grad():
-        fresh.weight.mul_(3)
-    assert torch.equal(again, fresh.matrix())
-    assert not torch.equal(again, matrix)
-
-
-@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("config", [FP8Block(), FP8Block(scales="ue8m0"), FP8Tensor()])
 @pytest.mark.parametrize("groups", [None, 3])
 def test_stored_codes_are_multiplied_as_they_are(policy: str, config: Scaled, groups: int | None) -> None:
@@ -335,26 +219,3 @@ def test_shapes_are_known_without_values(name: str, policy: str, groups: int | N
     assert x.grad is not None
     assert (x.grad.shape, x.grad.dtype) == (x.shape, x.dtype)
     assert linear.weight.grad.shape == linear.weight.shape
-
-
-@pytest.mark.parametrize("groups", [None, 3])
-@pytest.mark.parametrize("bias", [False, True])
-def test_sensitive_maps_are_float32(groups: int | None, bias: bool) -> None:
-    linear = made("block", "fast", inputs=9, outputs=7, groups=groups, bias=bias, sensitive=True)
-    assert isinstance(linear, High)
-    assert linear.dtype == torch.float32
-    x = content("even", (10, 9), 4).bfloat16()
-    ends = None if groups is None else torch.tensor([2, 2, 8])
-    y = linear(x, ends)
-    assert y.dtype == torch.float32
-    for row in range(10):
-        group = None if ends is None else int(torch.searchsorted(ends, torch.tensor(row), right=True))
-        if group == groups and groups is not None:
-            assert not y[row].any()
-            continue
-        weight = linear.weight if group is None else linear.weight[group]
-        exact = weight.double() @ x[row].double()
-        if bias:
-            exact = exact + (linear.bias if group is None else linear.bias[group]).double()
-        assert ((y[row] - exact).abs() <= 12 * 2.0**-24 * (weight.abs().double() @ x[row].abs().double() + 4)).all()
-    assert torch.equal(linear.matrix(), linear.weight)

@@ -44,12 +44,6 @@ def drawn(shape: tuple[int, int, int], sort: str, seed: int, groups: int = 0) ->
     return x, weight.view(groups, outputs, inputs) if groups else weight, gradient
 
 
-def ends_of(rows: int, groups: int, seed: int) -> list[int]:
-    """Sorted ends of groups, some empty, perhaps with rows past the last."""
-    generator = torch.Generator().manual_seed(seed)
-    return sorted(torch.randint(0, rows + 1, (groups,), generator=generator).tolist())
-
-
 def literal(a: Operand, b: Operand, chunk: int) -> np.ndarray:
     """The definition in exact fractions: each chunk's sum rounded once, scaled twice, added up in fp32."""
     a_RK, b_SK = values(a.codes, torch.float64).tolist(), values(b.codes, torch.float64).tolist()
@@ -156,67 +150,6 @@ def test_fast_is_the_emulation_but_for_fp32_sums(
     ]
     for found, expected, a, b, length in pairs:
         assert ((found - expected).double().abs() <= apart(fast, a, b, length)).all()
-
-
-@settings(max_examples=40)
-@given(
-    st.sampled_from(sorted(RECIPES)),
-    st.sampled_from([Emulated, Fast]),
-    st.integers(0, 300),
-    st.integers(1, 5),
-    SORTS,
-    SEEDS,
-)
-def test_groups_are_independent_and_rows_of_nobody_are_not_read(
-    name: str, kind: type[Emulated], rows: int, groups: int, sort: str, seed: int
-) -> None:
-    recipe = RECIPES[name]
-    x, weight, gradient = drawn((rows, 40, 72), sort, seed, groups)
-    ends = ends_of(rows, groups, seed)
-    x[ends[-1] :], gradient[ends[-1] :] = torch.nan, torch.nan
-    products = kind(recipe)
-    held = products.held(weight)
-    y, to_x = products.output(x, held, ends), products.to_input(gradient, held, ends)
-    to_weight = products.to_weight(gradient, x, ends)
-    assert not y[ends[-1] :].any()
-    assert not to_x[ends[-1] :].any()
-    for group, (start, stop) in enumerate(zip([0, *ends], ends)):
-        own = products.held(weight[group])
-        for found, expected in (
-            (y[start:stop], products.output(x[start:stop], own, None)),
-            (to_x[start:stop], products.to_input(gradient[start:stop], own, None)),
-            (to_weight[group], products.to_weight(gradient[start:stop], x[start:stop], None)),
-        ):
-            assert torch.equal(found, expected)
-        if start == stop:
-            assert not to_weight[group].any()
-
-
-@settings(max_examples=40)
-@given(st.sampled_from(sorted(RECIPES)), SHAPES, SEEDS, st.integers(-30, 30), st.integers(-30, 30))
-def test_powers_of_two_pass_through_every_product(
-    name: str, shape: tuple[int, int, int], seed: int, one: int, other: int
-) -> None:
-    x, weight, gradient = drawn(shape, "even", seed)
-    products = Emulated(RECIPES[name])
-    held, scaled = products.held(weight), products.held(weight * 2.0**other)
-    both = 2.0 ** (one + other)
-    y = products.output(x * 2.0**one, scaled, None)
-    assert torch.equal(y, products.output(x, held, None) * both)
-    to_x = products.to_input(gradient * 2.0**one, scaled, None)
-    assert torch.equal(to_x, products.to_input(gradient, held, None) * both)
-    to_weight = products.to_weight(gradient * 2.0**one, x * 2.0**other, None)
-    assert torch.equal(to_weight, products.to_weight(gradient, x, None) * both)
-
-
-@settings(max_examples=30)
-@given(st.sampled_from(["block", "block-ue8m0", "mx"]), SORTS, SEEDS, st.integers(1, 40), st.integers(0, 39))
-def test_each_token_is_alone_where_tiles_are_rows(name: str, sort: str, seed: int, rows: int, picked: int) -> None:
-    x, weight, _ = drawn((rows, 9, 200), sort, seed)
-    products = Emulated(RECIPES[name])
-    held = products.held(weight)
-    row = slice(picked % rows, picked % rows + 1)
-    assert torch.equal(products.output(x, held, None)[row], products.output(x[row], held, None))
 
 
 @pytest.mark.parametrize("rows", [1, 4, 64])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import composeformer as cf
-from composeformer.contracts import Linear, Weight
+from composeformer.contracts import Linear
 from composeformer.errors import InputError
 from composeformer_fp8.configs.int8 import Int8, Rows
 from composeformer_fp8.int8 import FEW, Int8Policy, RowsCodec, packed
@@ -30,29 +30,6 @@ def test_codes_are_the_nearest_integers_and_repeat(value: Tensor) -> None:
     again = CODEC.encode(CODEC.decode((codes, scales)))
     assert torch.equal(again[0], codes)
     assert torch.equal(again[1], scales)
-
-
-@given(st.integers(1, 4), SIZES, SIZES, st.integers(0, 2**31), st.data())
-@settings(max_examples=20)
-def test_experts_and_rows_are_coded_alone(
-    groups: int, rows: int, columns: int, seed: int, data: st.DataObject
-) -> None:
-    value = content("wide", (groups * rows, columns), seed).view(groups, rows, columns)
-    parts = CODEC.encode(value)
-    declared = Rows().stored(Weight(name="w", shape=tuple(value.shape)))
-    assert [each.shape for each in declared] == [tuple(part.shape) for part in parts]
-    assert [each.name for each in declared] == ["w", "w_scale"]
-    start = data.draw(st.integers(0, rows))
-    stop = data.draw(st.integers(start, rows))
-    whole = CODEC.decode(parts)
-    assert torch.equal(CODEC.decode(parts, rows=slice(start, stop)), whole[:, start:stop])
-    for group in range(groups):
-        assert torch.equal(CODEC.encode(value[group])[0], parts[0][group])
-    for dim in (-2, -1):
-        last = value.shape[dim]
-        ranges = Rows().cut(dim, 0, last)
-        cut = [part.narrow(dim, a, b - a) for part, (a, b) in zip(parts, ranges, strict=True)]
-        assert torch.equal(CODEC.decode(cut), whole)
 
 
 def test_numbers_that_integers_can_not_hold_are_one_error() -> None:
@@ -94,20 +71,6 @@ def test_product_is_within_its_bound_by_integers_or_without(
     used = x.double() @ linear.matrix().double().mT + shift
     # Against the matrix itself all that is left is fp32 sums and one rounding.
     assert ((y.double() - used).abs() <= 2.0**-8 * used.abs() + (inputs + 4) * 2.0**-23 * (mass + shift.abs())).all()
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_groups_are_maps_of_their_own_and_rows_of_nobody_are_zeros(bias: bool) -> None:
-    stack, _ = made(96, 33, groups=3, bias=bias)
-    ends = torch.tensor([4, 4, 9])
-    x = content("even", (12, 96), 2).bfloat16()
-    x[9:] = torch.nan
-    y = stack(x, ends)
-    assert not y[9:].any()
-    for row in range(9):
-        group = 0 if row < 4 else 2
-        exact = stack.matrix()[group].double() @ x[row].double() + (stack.bias[group].double() if bias else 0)
-        assert ((y[row].double() - exact).abs() <= 2.0**-8 * exact.abs() + 2.0**-12).all()
 
 
 @pytest.mark.parametrize("rows", [3, 40])
