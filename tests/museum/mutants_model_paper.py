@@ -176,6 +176,23 @@ def a_read_model_lists_its_parameters_otherwise() -> Iterator[None]:
 
 
 @model_mutant(
+    "an-export-states-the-usual-eps",
+    "the config of a folder has the family's usual eps, whatever the model's norms have",
+    source="pitfalls 2, row 20 (transformers #44261)",
+)
+def an_export_states_the_usual_eps() -> Iterator[None]:
+    def usual(to_config):
+        def wrong(self, spec):
+            found = to_config(self, spec)
+            return {**found, "rms_norm_eps": 1e-6} if "rms_norm_eps" in found else found
+
+        return wrong
+
+    with replaced("composeformer.dialects.dialect:Dialect.to_config", usual):
+        yield
+
+
+@model_mutant(
     "numbers-are-rounded-in-writing",
     "a spec's floats are written with six digits",
     source="six digits of many printers of configs: JSON of 1e-06 and 0.1 + 0.2",
