@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from museum_kit import mutant, replaced
+from torch import nn
 
 GQA = "composeformer_dense.attention:Attention"
 MLA = "composeformer_attention_mla.reference:LatentAttention"
@@ -233,4 +234,89 @@ def sinks_give_back_their_weight() -> Iterator[None]:
         return without
 
     with replaced(f"{GQA}.attend", wrong):
+        yield
+
+
+@mutant(
+    "cap-before-the-scale",
+    "mixer",
+    "gqa",
+    "a soft cap on products that are not divided by the root of the head's width yet",
+    source="the place of Gemma 2's cap in ports of fused kernels",
+)
+def cap_before_the_scale() -> Iterator[None]:
+    def wrong(attend: Any) -> Any:
+        def early(self: Any, q: Any, k: Any, v: Any, seen: Any) -> Any:
+            cap = self.cap
+            if cap is None:
+                return attend(self, q, k, v, seen)
+            self.cap = cap * self.head_dim**-0.5
+            try:
+                return attend(self, q, k, v, seen)
+            finally:
+                self.cap = cap
+
+        return early
+
+    with replaced(f"{GQA}.attend", wrong):
+        yield
+
+
+@mutant(
+    "scale-of-the-unrotated-width",
+    "mixer",
+    "mla",
+    "scores are divided by the root of the width without a position, in every implementation alike",
+    source="pitfalls 4, detail 2; scales of MLA ports",
+)
+def scale_of_the_unrotated_width() -> Iterator[None]:
+    def wrong(_: Any) -> Any:
+        return property(lambda self: self.qk_nope_head_dim**-0.5)
+
+    with replaced("composeformer_attention_mla.config:MLA.scale", wrong):
+        yield
+
+
+@mutant(
+    "rotary-key-is-normalised",
+    "mixer",
+    "mla",
+    "the norm of the latent is taken over the rotary key, too",
+    source="a norm over the whole of kv_a's output in MLA ports",
+)
+def rotary_key_is_normalised() -> Iterator[None]:
+    def wrong(latents: Any) -> Any:
+        def normalised(self: Any, x: Any, rotary: Any) -> Any:
+            latent, key = latents(self, x, rotary)
+            return latent, key * (key.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+        return normalised
+
+    with replaced(f"{MLA}.latents", wrong):
+        yield
+
+
+@mutant(
+    "norms-follow-the-rotation",
+    "mixer",
+    "gqa",
+    "queries and keys are normalised after they turn, with weights for each feature",
+    source="the place of QK-norm in Qwen 3 and Gemma 3 ports",
+)
+def norms_follow_the_rotation() -> Iterator[None]:
+    def wrong(heads: Any) -> Any:
+        def after(self: Any, x: Any, batch: Any) -> Any:
+            norms = self.q_norm, self.k_norm
+            if norms[0] is None:
+                return heads(self, x, batch)
+            self._modules["q_norm"] = self._modules["k_norm"] = nn.Identity()
+            try:
+                q, k, v = heads(self, x, batch)
+            finally:
+                self._modules["q_norm"], self._modules["k_norm"] = norms
+            return norms[0](q), norms[1](k), v
+
+        return after
+
+    with replaced(f"{GQA}.heads", wrong):
         yield

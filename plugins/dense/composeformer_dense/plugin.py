@@ -31,7 +31,7 @@ COMPONENTS = (
             *reference("attention:Attention"),
         ),
         summary="grouped-query attention: multi-head, multi-query and all between",
-        claims=("slope", "sees", "window", "set", "relative", "averages", "cap", "sinks"),
+        claims=("slope", "sees", "window", "set", "relative", "averages", "cap", "sinks", "dot-product"),
         strategy="composeformer_dense.testing:attentions",
     ),
     Component(
@@ -41,7 +41,7 @@ COMPONENTS = (
         reference("ffn:FeedForward"),
         summary="gated or plain feed-forward network",
         strategy="composeformer_dense.testing:feed_forwards",
-        claims=("derivative",),
+        claims=("derivative", "formula"),
     ),
     Component(
         "norm",
