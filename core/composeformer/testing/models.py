@@ -215,7 +215,9 @@ class ModelCase(Case):
                 for name, p in model.named_parameters():
                     p.copy_(kept[name])
         worst = max(conditions.values(), default=1.0)
-        if not worst <= WORST_CONDITION or not worst * step <= WORST_BOUND:
+        # Parameters of a dtype that their part fixes can not be moved by less than it resolves.
+        moved = max([step, *(4 * roundoff(p.dtype) for p in model.parameters())])
+        if not worst * step / moved <= WORST_CONDITION or not worst * step <= WORST_BOUND:
             self.draw.reject(f"it magnifies a relative change {worst:.3g} times")
         of_gradients = max((c for name, c in conditions.items() if name.startswith(GRADIENT)), default=1.0)
         conditions |= {name: of_gradients for name in values if name.startswith(GRADIENT)}
