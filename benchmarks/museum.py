@@ -1,4 +1,4 @@
-"""The museum's table: for each wrong variant of our parts, the law that told it from the right one, after how many cases.
+"""The museum's table: for each wrong variant of our parts, the law that told it apart, after how many cases.
 
     python benchmarks/museum.py        prints the table and writes benchmarks/results/museum.json
 """
