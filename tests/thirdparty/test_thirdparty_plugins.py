@@ -135,13 +135,15 @@ settings.register_profile("tenth", max_examples=10)
 
 
 def test_their_own_suites_hold_all_laws_where_they_are_installed(clean: Any) -> None:
-    """Each has the one line; every law of its slot, of every slot and of whole models is a test."""
+    """Each has the one line, which makes a test of every law of its slot and of every slot. Laws of whole models are
+    left to longer runs: they are of all that is installed.
+    """
     suites = clean.folder / "suites"
     for name in BRINGS:
         shutil.copytree(HERE / name / "tests", suites / name)
     (suites / "conftest.py").write_text(PROFILE)
     options = ("-v", "-p", "no:cacheprovider", "--import-mode=importlib", "--hypothesis-profile=tenth")
-    done = clean.run("python", "-m", "pytest", *options, "suites")
+    done = clean.run("python", "-m", "pytest", *options, "-k", "not model.", "suites")
     assert done.returncode == 0, done.stdout
     outcomes = re.findall(r"^suites/([^/]+)/\S+::test_laws\[(\S+)\] (\w+)", done.stdout, re.MULTILINE)
     assert {outcome for _, _, outcome in outcomes} == {"PASSED"}
@@ -151,7 +153,7 @@ def test_their_own_suites_hold_all_laws_where_they_are_installed(clean: Any) -> 
             own = {law for law in tried if law.endswith(f"-{kind}-{implementation}")}
             assert {law.partition(".")[0] for law in own} == {slot, "everywhere"}
             tried -= own
-        assert {law.partition(".")[0] for law in tried} <= {"model"}
+        assert tried == set()
 
 
 def test_a_certificate_has_every_law_with_its_cases_and_its_bound(clean: Any) -> None:

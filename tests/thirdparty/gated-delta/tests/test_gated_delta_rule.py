@@ -31,7 +31,7 @@ def derived(scanned: tuple[Tensor, Tensor], inputs: list[Tensor]) -> list[Tensor
     return [*scanned, *torch.autograd.grad(total, inputs, materialize_grads=True)]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 13), st.integers(1, 2), st.integers(1, 4), st.integers(1, 4)),
     st.integers(1, 6),
@@ -55,7 +55,7 @@ def test_chunks_are_the_recurrence_with_documents_padding_and_gradients(
             assert float((one - other).detach().abs().max()) <= ROUNDING * (1 + largest)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(st.integers(1, 9), st.integers(0, 2**31))
 def test_the_recurrence_is_that_of_released_models(tokens: int, seed: int) -> None:
     steps = Steps(*(each.float() for each in drawn(2, tokens, 2, 4, 3, seed)))
