@@ -21,7 +21,10 @@ LARGEST = 7
 
 @config
 class Int4Groups(Precision):
-    """Linear maps of integers from -7 to 7, with a scale for each group of inputs; sensitive ones stay in float32."""
+    """Linear maps of integers from -7 to 7, with a scale for each group of inputs; sensitive ones stay in float32.
+
+    Its declared error is what `format` says of itself: half a step of a group, which is A / 14, and sums in fp32.
+    """
 
     group_size: int = field(
         32,
@@ -34,15 +37,6 @@ class Int4Groups(Precision):
     @property
     def activations(self) -> str:
         return "bfloat16"
-
-    def error_bound(self, inputs: int, gradient: bool = False) -> float:
-        """The largest error of one element of a product over `inputs`, before its rounding to bfloat16, in units of
-        sum_k |a_k| A_k, A_k the largest magnitude in the group of the k-th weight.
-
-        A code errs by half a step, A / 14, but for the roundings of 7 w / A and of q A / 7 in fp32, where these are no
-        subnormal numbers; what is multiplied with is exact, and sums are in fp32.
-        """
-        return 0.5 / LARGEST + (inputs + 6) * 2.0**-24
 
     def format(self, role: str, weight: Weight, sensitive: bool) -> Format:
         if weight.dtype is not None:
