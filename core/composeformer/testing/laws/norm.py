@@ -24,6 +24,9 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ROUNDINGS = 4
 # Features, where roundings of each are to cancel.
 MANY = 8192
+# Sizes of tokens whose features, divided by them, are rounded one way as often as the other: near 1, or another ratio of
+# small numbers, numbers of few bits all fall on the same side.
+SIZES = (1.1, 1.37, 1.61, 1.73)
 
 
 def normed(case: Case, model: Model, x: Tensor) -> Tensor:
@@ -105,7 +108,8 @@ def true_scale(case: Case) -> None:
         return
     part: Any = case.part_of(case.built(spec))
     dtype = torch.bfloat16
-    x = case.normal("x", 4, width, dtype=dtype) * (1 + torch.arange(4, dtype=dtype)[:, None] / 7)
+    x = case.normal("x", len(SIZES), width, dtype=torch.float64)
+    x = (x / x.square().mean(-1, keepdim=True).sqrt() * torch.tensor(SIZES)[:, None]).to(dtype)
     with torch.no_grad():
         found, wanted = part(x).double(), part(x.double())
     found, wanted = (each - each.mean(-1, keepdim=True) for each in (found, wanted))
