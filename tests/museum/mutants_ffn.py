@@ -398,3 +398,40 @@ def experts_mixed_with_their_neighbours() -> Iterator[None]:
 
     with replaced(f"{MOE}.experts", wrong):
         yield
+
+
+@mutant(
+    "gelu-by-its-approximation",
+    "ffn",
+    "swiglu",
+    "gelu is computed by tanh",
+    source="gelu, gelu_new and gelu_pytorch_tanh mixed up: Gemma's hidden_act in transformers",
+)
+def gelu_by_its_approximation() -> Iterator[None]:
+    def wrong(activations):
+        return {**activations, "gelu": activations["gelu_tanh"]}
+
+    with replaced("composeformer_dense.ffn:ACTIVATIONS", wrong):
+        yield
+
+
+@mutant(
+    "silu-on-the-other-map",
+    "ffn",
+    "moe",
+    "silu is of the up map, and the gate multiplies",
+    source="w1 and w3 mixed up: Mixtral's names in many ports",
+)
+def silu_on_the_other_map() -> Iterator[None]:
+    def wrong(experts):
+        def swapped(self, rows, counts):
+            self.gate, self.up = self.up, self.gate
+            try:
+                return experts(self, rows, counts)
+            finally:
+                self.gate, self.up = self.up, self.gate
+
+        return swapped
+
+    with replaced(f"{MOE}.experts", wrong):
+        yield

@@ -404,3 +404,34 @@ def exponentials_overflow() -> Iterator[None]:
 
     with replaced(f"{SOFTMAX}.forward", wrong):
         yield
+
+
+@mutant(
+    "softmax-at-another-temperature",
+    "router",
+    "softmax",
+    "logits are divided by the root of the width",
+    source="a scale of attention, copied into a gate",
+)
+def softmax_at_another_temperature() -> Iterator[None]:
+    def wrong(logits):
+        return lambda self, x: logits(self, x) / x.shape[-1] ** 0.5
+
+    with replaced(GATE, wrong):
+        yield
+
+
+@mutant(
+    "softmax-for-sigmoids",
+    "router",
+    "sigmoid-bias",
+    "scores are a softmax, as V2's are, where V3's are sigmoids",
+    source="scoring_func left out of a config: DeepSeek-V2 code given V3's weights",
+)
+def softmax_for_sigmoids() -> Iterator[None]:
+    def wrong(logits):
+        # The sigmoid of these logits is the softmax of the others.
+        return lambda self, x: logits(self, x).softmax(-1).logit()
+
+    with replaced(GATE, wrong):
+        yield

@@ -52,7 +52,7 @@ COMPONENTS = (
         ),
         summary="shared experts, and routed ones of which each token passes through a few",
         strategy="composeformer_moe.testing:mixtures",
-        claims=("derivative", "loads", "renumbered"),
+        claims=("derivative", "loads", "renumbered", "experts-formula"),
     ),
     Component(
         "router",
@@ -61,7 +61,7 @@ COMPONENTS = (
         (Implementation("reference", "composeformer_moe.softmax:SoftmaxRouter"),),
         summary="softmax over experts, balanced by losses",
         strategy="composeformer_moe.testing:softmax_routers",
-        claims=(*ROUTERS, "shift", "z-loss"),
+        claims=(*ROUTERS, "softmax", "shift", "z-loss"),
     ),
     Component(
         "router",
@@ -70,7 +70,7 @@ COMPONENTS = (
         (Implementation("reference", "composeformer_moe.sigmoid_bias:SigmoidBiasRouter"),),
         summary="sigmoids, balanced without a loss by a bias on the choice",
         strategy="composeformer_moe.testing:sigmoid_routers",
-        claims=(*ROUTERS, "bias-selects-only", "after-step"),
+        claims=(*ROUTERS, "sigmoid", "bias-selects-only", "after-step"),
     ),
 )
 

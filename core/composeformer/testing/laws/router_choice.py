@@ -9,6 +9,7 @@ Logits and biases of few bits are summed exactly in any order: ties are then mea
 Shapes: B rows, T tokens, D features, K experts a token, E experts, G groups.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -288,3 +289,37 @@ def shift(case: Case) -> None:
         weight[:, 0] = offset
         found = dense(route(case, case.model, x, ids), num_experts(case))
     case.within(gap(found[clear], plain[clear]), unit * size(plain), "the weights")
+
+
+def by_definition(case: Case, told: str, of: Callable[[Tensor], Tensor]) -> None:
+    """Scores are `of` the logits."""
+    tokens = case.integer("tokens", 1, LONGEST)
+    x, ids = case.stream("x", 1, tokens), case.ids("ids", 1, tokens)
+    logits = x.double() @ gate(case, case.model).double().T
+    found, wanted = scores(case, x, ids), of(logits)
+    kind = torch.promote_types(case.dtype, torch.float32)
+    # A rounding of a logit is one of the score, relative to it, times the logit.
+    unit = case.terms.error(kind) * max(1.0, size(logits))
+    case.within(gap(found, wanted), unit * size(wanted), told)
+
+
+@law(
+    "router",
+    "softmax",
+    "scores are the softmax of all logits",
+    kills="softmax-at-another-temperature",
+    claimed=True,
+)
+def softmax(case: Case) -> None:
+    by_definition(case, "the softmax of logits", lambda logits: logits.softmax(-1))
+
+
+@law(
+    "router",
+    "sigmoid",
+    "scores are the sigmoids of logits, each its own",
+    kills="softmax-for-sigmoids",
+    claimed=True,
+)
+def sigmoid(case: Case) -> None:
+    by_definition(case, "the sigmoids of logits", torch.sigmoid)
