@@ -18,6 +18,9 @@ from composeformer.tensors import DTYPES
 from composeformer_dense.configs.precision import BF16, Full
 from composeformer_dense.ragged import ragged
 
+# Features that such a product reads at once.
+VECTOR = 32
+
 
 class CastLinear(nn.Module):
     """A linear map, or a stack of them, multiplied in the dtype `compute`, which it gives unless `dtype` is another."""
@@ -50,11 +53,27 @@ class CastLinear(nn.Module):
         self, x: Float[Tensor, "*N I"], offsets: Int[Tensor, " E"] | None = None
     ) -> Float[Tensor, "*N O"]:
         """x W^T + b; with `offsets`, the ends of the groups' rows, each group's rows by its own map."""
-        x = x.to(self.compute)
+        x, matrix = confined(x.to(self.compute), self.matrix())
         bias = None if self.bias is None else self.bias.to(self.compute)
         if offsets is None:
-            return F.linear(x, self.matrix(), bias).to(self.dtype)
-        return ragged(x, self.matrix(), bias, offsets).to(self.dtype)
+            return F.linear(x, matrix, bias).to(self.dtype)
+        return ragged(x, matrix, bias, offsets).to(self.dtype)
+
+
+def confined(
+    x: Float[Tensor, "*N I"], matrix: Float[Tensor, "*E O I"]
+) -> tuple[Float[Tensor, "*N J"], Float[Tensor, "*E O J"]]:
+    """The same, with zeros behind features of bfloat16 on a CPU where some are not finite.
+
+    There a product reads past the end of a row that is no whole vector, into the next one, and multiplies that by zero:
+    NaN at padding would spoil the token before it (PyTorch 2.13, with AMX).
+    """
+    rest = -x.shape[-1] % VECTOR
+    if not rest or x.dtype != torch.bfloat16 or not x.is_cpu or torch.compiler.is_compiling():
+        return x, matrix
+    if bool(x.isfinite().all()):
+        return x, matrix
+    return F.pad(x, (0, rest)), F.pad(matrix, (0, rest))
 
 
 class FullPolicy:

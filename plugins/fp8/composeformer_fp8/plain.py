@@ -54,7 +54,8 @@ def ragged(
     stops = ends.tolist()
     parts = []
     for group, (start, stop, matrix) in enumerate(zip([0, *stops], stops, weight.unbind(0))):
-        if start < stop or weight.requires_grad:
+        # The first is there in any case: where nobody has rows, the result is still a function of x.
+        if start < stop or weight.requires_grad or not group:
             matrix = matrix.float() if scales is None else matrix.float() * scales[group].float()
             parts.append(F.linear(x[start:stop], matrix, None if bias is None else bias[group]))
     return torch.cat([*parts, x.new_zeros(len(x) - stops[-1], weight.shape[1])])

@@ -103,3 +103,18 @@ def test_other_dtypes_are_refused(lab, table):
 def test_a_declared_map_needs_no_torch_to_name_its_tensors():
     names = [w.name for w in Linear(name="q", inputs=3, outputs=4, bias=True).weights]
     assert names == ["q.weight", "q.bias"]
+
+
+@pytest.mark.parametrize("inputs", [15, 31, 62, 136])
+def test_a_nan_stays_in_its_row_where_features_are_no_whole_vectors(inputs):
+    generator = torch.Generator().manual_seed(0)
+    linear = CastLinear(nn.Parameter(torch.randn(33, inputs, generator=generator)), None, torch.bfloat16)
+    x = torch.randn(130, inputs, generator=generator).bfloat16()
+    wanted = linear(x)
+    x[1] = torch.nan
+    found = linear(x)
+    assert found[1].isnan().all()
+    rest = torch.arange(130) != 1
+    # The same products, perhaps in another order, each rounded to bfloat16 once.
+    size = x[rest].float().abs() @ linear.matrix().float().abs().mT
+    assert ((found - wanted)[rest].float().abs() <= 2**-7 * size).all()

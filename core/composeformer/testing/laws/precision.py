@@ -233,7 +233,8 @@ def rows_alone(case: Case) -> None:
     examples=10,
 )
 def powers_of_two(case: Case) -> None:
-    maps = Maps(case, bias=False)
+    content = case.choice("mixed", ("even", "wide", "blocks", "zeros", "integers"))
+    maps = Maps(case, bias=False, content=content)
     if maps.half:
         case.draw.reject("float16 has too few exponents")
     one, two, three = (case.integer(f"exponent of {n}", -20, 20) for n in ("x", "weight", "gradient"))
