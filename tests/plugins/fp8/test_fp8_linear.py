@@ -219,3 +219,12 @@ def test_shapes_are_known_without_values(name: str, policy: str, groups: int | N
     assert x.grad is not None
     assert (x.grad.shape, x.grad.dtype) == (x.shape, x.dtype)
     assert linear.weight.grad.shape == linear.weight.shape
+
+
+def test_without_a_row_a_frozen_stack_is_still_a_function_of_its_input() -> None:
+    linear = made("block", "fast", inputs=9, outputs=7, groups=3, sensitive=True)
+    linear.requires_grad_(False)
+    x = torch.zeros(0, 9, requires_grad=True)
+    linear(x, torch.zeros(3, dtype=torch.int32)).sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == (0, 9)
