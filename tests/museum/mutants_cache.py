@@ -37,6 +37,7 @@ def chunk_is_aligned_to_the_first_key() -> Iterator[None]:
     "mla",
     "every call counts its positions from zero",
     source="pitfalls 2, row 25; transformers: cache_position left out",
+    by="mixer.cached",
 )
 def chunk_starts_at_position_zero() -> Iterator[None]:
     def wrong(rotary: Any) -> Any:
@@ -52,6 +53,7 @@ def chunk_starts_at_position_zero() -> Iterator[None]:
     "gqa",
     "a ring of `window` slots: what a rolled back token has overwritten is gone",
     source="trials, walk 1; pitfalls 2, row 25: speculation past a window",
+    by="mixer.cached",
 )
 def ring_keeps_its_window_alone() -> Iterator[None]:
     def wrong(init: Any) -> Any:

@@ -42,6 +42,7 @@ def absorbed_without_the_scale() -> Iterator[None]:
     "gqa",
     "query head h reads key head h modulo their number: keys tiled in place of repeated",
     source="repeat in place of repeat_interleave in many grouped-query ports",
+    by="everywhere.reference",
 )
 def heads_share_keys_in_turn() -> Iterator[None]:
     def wrong(attend: Any) -> Any:

@@ -76,6 +76,7 @@ def padding_is_multiplied_by_zero() -> Iterator[None]:
     "mla",
     "padding is a key like any other",
     source="pitfalls 2, row 10; transformers issue 48256",
+    by="mixer.padding",
 )
 def padding_is_seen() -> Iterator[None]:
     def wrong(own_keys: Any) -> Any:
@@ -283,6 +284,7 @@ def scale_of_the_unrotated_width() -> Iterator[None]:
     "mla",
     "the norm of the latent is taken over the rotary key, too",
     source="a norm over the whole of kv_a's output in MLA ports",
+    by="mixer.latent",
 )
 def rotary_key_is_normalised() -> Iterator[None]:
     def wrong(latents: Any) -> Any:
@@ -302,6 +304,7 @@ def rotary_key_is_normalised() -> Iterator[None]:
     "gqa",
     "queries and keys are normalised after they turn, with weights for each feature",
     source="the place of QK-norm in Qwen 3 and Gemma 3 ports",
+    by="mixer.relative",
 )
 def norms_follow_the_rotation() -> Iterator[None]:
     def wrong(heads: Any) -> Any:
