@@ -24,8 +24,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ROUNDINGS = 4
 # Features, where roundings of each are to cancel.
 MANY = 8192
-# Sizes of tokens whose features, divided by them, are rounded one way as often as the other: near 1, or another ratio of
-# small numbers, numbers of few bits all fall on the same side.
+# Sizes of tokens whose features, divided by them, are rounded one way as often as the other: near 1, or another ratio
+# of small numbers, numbers of few bits all fall on the same side.
 SIZES = (1.1, 1.37, 1.61, 1.73)
 
 
