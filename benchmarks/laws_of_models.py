@@ -192,7 +192,6 @@ def look(data: "st.DataObject", whole: Models, laws: Sequence[Law], run: Run, se
             failure = broken(law, whole, {**kept, **case.draw.values}, error, seed)
             run.found["failures"].append(failure)
             print(f"BROKEN {failure['why']}\n{failure['counterexample']}", flush=True)
-        first._measured |= case._measured
         run.law(law, case, perf_counter() - begun)
         for label, value in case.draw.values.items():
             if label.startswith("implementation of "):

@@ -193,6 +193,24 @@ def an_export_states_the_usual_eps() -> Iterator[None]:
 
 
 @model_mutant(
+    "every-role-has-the-first-policy",
+    "exceptions by role are listed, and every map is made by the policy that was made first",
+    source="pitfalls 1, row 15 (ao #4101: a filter of modules that is not asked)",
+)
+def every_role_has_the_first_policy() -> Iterator[None]:
+    def first(policy):
+        def wrong(self, part):
+            for made in self._policies.values():
+                return made
+            return policy(self, part)
+
+        return wrong
+
+    with replaced("composeformer.assemble:Builder._policy", first):
+        yield
+
+
+@model_mutant(
     "numbers-are-rounded-in-writing",
     "a spec's floats are written with six digits",
     source="six digits of many printers of configs: JSON of 1e-06 and 0.1 + 0.2",

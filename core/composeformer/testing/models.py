@@ -96,11 +96,12 @@ class ModelCase(Case):
         super().__init__(tried, draw)  # type: ignore[arg-type]
         self.tried = tried
         self._measured: dict[str, Measured] = {}
+        self._spares: list[Model] = []
 
     def again(self, draw: Draw) -> "ModelCase":
         """The same model and batch, for another law."""
         other = ModelCase(self.tried, draw)
-        kept = ("data", "spec", "model", "batch", "_measured", "_seed", "objective")
+        kept = ("data", "spec", "model", "batch", "objective", "_measured", "_seed", "_spares")
         other.__dict__ |= {name: self.__dict__[name] for name in kept if name in self.__dict__}
         return other
 
@@ -132,9 +133,18 @@ class ModelCase(Case):
     def terms(self) -> Terms:
         return terms_of(*self.spec.plan.nodes()).plus(SUMMED)
 
-    def fresh(self) -> Model:
-        """A copy of the model, to be changed."""
-        return copy.deepcopy(self.model)
+    def fresh(self, number: int = 0, of: Model | None = None) -> Model:
+        """The values of the model, or of another of its spec, in a copy whose parameters and buffers may be changed, and
+        nothing else: it is the same module whenever a law, or the next one, asks for that `number`.
+        """
+        while len(self._spares) <= number:
+            self._spares.append(copy.deepcopy(self.model))
+        spare, state = self._spares[number], (self.model if of is None else of).state_dict()
+        spare.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, each in spare.state_dict().items():
+                each.copy_(state[name])
+        return spare.train()
 
     @cached_property
     def objective(self) -> Objective:

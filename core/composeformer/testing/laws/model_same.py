@@ -4,6 +4,7 @@ layers that are computed twice, copies, and the same once more.
 Shapes: B rows, T tokens.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -139,7 +140,7 @@ def _twice(once: Any) -> Any:
 def recomputed(case: ModelCase) -> None:
     batch = case.batch
     wanted = case.measured("whole", lambda model: whole(case, model, batch))
-    model = case.fresh()
+    model = copy.deepcopy(case.model)
     again(model, case.choice("place", ["layer", "mixer", "ffn"]))
     case.agree(whole(case, model, batch), wanted, "recomputed")
     case.same(stepped(model, wanted.values), stepped(case.fresh(), wanted.values), "after the step")
@@ -164,14 +165,14 @@ def stepped(model: Model, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def copied(case: ModelCase) -> None:
     batch = case.batch
     before = whole(case, case.model, batch)
-    copy = case.fresh()
-    case.same(whole(case, copy, batch), before, "the copy")
+    other = copy.deepcopy(case.model)
+    case.same(whole(case, other, batch), before, "the copy")
     with torch.no_grad():
-        for each in copy.parameters():
+        for each in other.parameters():
             each.fill_(torch.nan)
     case.same(whole(case, case.model, batch), before, "the model, its copy spoilt")
     with torch.no_grad():
-        logits = piecewise(copy, batch, 1)
+        logits = piecewise(other, batch, 1)
     case.require(logits.isnan().all(), "a copy computes with the model's own weights")
 
 

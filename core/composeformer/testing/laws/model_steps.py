@@ -114,7 +114,7 @@ def stepped(case: ModelCase) -> None:
 def accumulated(case: ModelCase) -> None:
     batch, clip = labelled(case), case.choice("clip_norm", CLIPS)
     wanted = case.measured(
-        f"one batch, {clip}", lambda model: step(case, copy.deepcopy(model), [batch], clip)
+        f"one batch, {clip}", lambda model: step(case, case.fresh(1, model), [batch], clip)
     )
     order = case.draw("order", _permutations(len(batch.ids)))
     cuts = sorted({0, len(order), *case.integers("cuts", 0, len(order), 0, 2)})
@@ -135,7 +135,7 @@ def _permutations(number: int) -> "st.SearchStrategy[list[int]]":
 )
 def evaluated(case: ModelCase) -> None:
     batch, other = labelled(case), case.rows("other")
-    plain, watched = case.fresh(), case.fresh()
+    plain, watched = case.fresh(0), case.fresh(1)
     for number in range(2):
         for sort in case.integers(f"passes before step {number}", 0, 3, 1, 2):
             passed(watched, other, sort)
