@@ -18,6 +18,8 @@ from composeformer.testing.subject import Subject
 
 Call = Callable[[Case, Model, Tensor, Batch], Tensor]
 ROWS, TOKENS = 2, 7
+# Tokens that further ones are predicted from.
+AHEAD = 8
 
 
 def _hidden(case: Case, model: Model, x: Tensor, batch: Batch) -> Tensor:
@@ -89,7 +91,12 @@ def uncalled(subject: Subject) -> str | None:
 
 def entering(case: Case) -> Tensor:
     """What enters the part in this case: ids, or hidden states (B, T, D)."""
-    tokens = length(case, "tokens", 2) if case.subject.slot == "mixer" else case.integer("tokens", 2, TOKENS)
+    if case.subject.slot == "mixer":
+        tokens = length(case, "tokens", 2)
+    else:
+        # Of a predictor every depth is to have some.
+        few = AHEAD if case.subject.slot == "predictor" else 2
+        tokens = case.integer("tokens", few, few + TOKENS - 2)
     if case.subject.slot in OF_IDS:
         return case.ids("x", ROWS, tokens)
     return case.stream("x", ROWS, tokens)
