@@ -120,6 +120,7 @@ def predictions_are_labelled_one_early() -> Iterator[None]:
     "positions-run-on-across-documents",
     "packed documents are masked, and their positions go on",
     source="pitfalls 2, row 24 (transformers PR 46634)",
+    by="model.cached",
 )
 def positions_run_on_across_documents() -> Iterator[None]:
     def running(count):
@@ -229,6 +230,7 @@ def predictions_are_not_learnt() -> Iterator[None]:
     "norm-leaves-the-experts-out",
     "the norm of the gradients is that of what is not in groups",
     source="pitfalls 2, row 16 (Megatron-LM PR 6489)",
+    by="model.step",
 )
 def norm_leaves_the_experts_out() -> Iterator[None]:
     def partial(counted):
@@ -292,6 +294,39 @@ def rollback_leaves_the_lengths() -> Iterator[None]:
         return wrong
 
     with replaced("composeformer.model_cache:ModelCache.rollback", leaving):
+        yield
+
+
+@model_mutant(
+    "prefill-gives-the-first-logits",
+    "of a prompt's logits those of its first token are kept, where one was asked for",
+    source="off by one of `num_logits_to_keep` (transformers PR 31292)",
+)
+def prefill_gives_the_first_logits() -> Iterator[None]:
+    def first(forward):
+        def wrong(self, ids, *, last_only=False, **told):
+            found = forward(self, ids, **told)
+            return found._replace(logits=found.logits[:, :1]) if last_only else found
+
+        return wrong
+
+    with replaced("composeformer.decoder:Model.forward", first):
+        yield
+
+
+@model_mutant(
+    "given-positions-are-counted-anew",
+    "positions that a caller gives are not used",
+    source="position ids that a forward accepts and leaves, in many ports",
+)
+def given_positions_are_counted_anew() -> Iterator[None]:
+    def counting(batch):
+        def wrong(self, ids, positions=None, *more, **told):
+            return batch(self, ids, None, *more, **told)
+
+        return wrong
+
+    with replaced("composeformer.decoder:Model.batch", counting):
         yield
 
 

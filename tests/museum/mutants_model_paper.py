@@ -139,6 +139,7 @@ def a_saved_bias_is_zero() -> Iterator[None]:
     "a-folder-lacks-the-predictor",
     "the predictor's tensors are not written",
     source="pitfalls 1, row 13 (transformers #35688)",
+    by="model.written",
 )
 def a_folder_lacks_the_predictor() -> Iterator[None]:
     def dropping(write_shards):

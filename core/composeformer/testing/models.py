@@ -134,8 +134,8 @@ class ModelCase(Case):
         return terms_of(*self.spec.plan.nodes()).plus(SUMMED)
 
     def fresh(self, number: int = 0, of: Model | None = None) -> Model:
-        """The values of the model, or of another of its spec, in a copy whose parameters and buffers may be changed, and
-        nothing else: it is the same module whenever a law, or the next one, asks for that `number`.
+        """The values of the model, or of another of its spec, in a copy whose parameters and buffers may be changed,
+        and nothing else: it is the same module whenever a law, or the next, asks for that `number`.
         """
         while len(self._spares) <= number:
             self._spares.append(copy.deepcopy(self.model))

@@ -207,3 +207,50 @@ def generated(case: ModelCase) -> None:
             2 * case.error_in(torch.float64) * wanted.conditions.get("logits", 1.0) * float(found.abs().max())
         )
         case.within(float(lost.max()), bound, f"row {n}: what a token made lacks of the best")
+
+
+@model_law(
+    "last",
+    "the logits of the last position alone are the last of all, with a cache or without",
+    kills="prefill-gives-the-first-logits",
+    examples=5,
+)
+def last(case: ModelCase) -> None:
+    model = case.model
+    ids = case.ids("ids", case.integer("rows", 1, 3), case.integer("tokens", 1, 6))
+    cached = case.boolean("cached")
+
+    def logits(model: Model, only: bool) -> dict[str, Tensor]:
+        cache = model.new_cache(*ids.shape) if cached else None
+        with torch.no_grad():
+            return {"logits": model(ids, cache=cache, last_only=only, predict=False).logits}
+
+    def whole(model: Model) -> dict[str, Tensor]:
+        return {"logits": logits(model, False)["logits"][:, -1:]}
+
+    wanted = case.measure(whole, model, case.error_in(torch.float64))
+    case.agree(logits(model, True), wanted, "the last position")
+
+
+@model_law(
+    "positions",
+    "positions that are given are those that parts see; the counted ones, given, change no bit",
+    kills="given-positions-are-counted-anew",
+    examples=5,
+)
+def positions(case: ModelCase) -> None:
+    ids, model = case.ids("ids", case.integer("rows", 1, 2), case.integer("tokens", 1, 6)), case.model
+    places = [case.integers(f"places {n}", 0, 9, ids.shape[1], ids.shape[1]) for n in range(len(ids))]
+    given = torch.tensor(places)
+    batch = model.batch(ids, positions=given)
+    case.equal(batch.positions, given, "the positions of a batch")
+    for key, table in model.rotary(given).items():
+        case.equal(batch.tables[key].cos, table.cos, f"the cosines of {key}")
+        case.equal(batch.tables[key].sin, table.sin, f"the sines of {key}")
+    with torch.no_grad():
+        counted = torch.arange(ids.shape[1]).expand_as(ids)
+        case.equal(
+            model(ids, positions=counted, predict=False).logits,
+            model(ids, predict=False).logits,
+            "logits with the positions that are counted",
+        )
