@@ -2,7 +2,7 @@
 
     python3 dev.py demo      set up, build a model from a spec, import a real one and let it speak
     python3 dev.py test      set up, run every check: lint, types, import contracts, tests
-    python3 dev.py tests     the tests alone; further arguments go to pytest
+    python3 dev.py tests     the tests alone, on all cores; further arguments go to pytest (-n 0: one process)
     python3 dev.py setup     set up and nothing else
 
 Everything goes into `.venv` beside this file; `constraints.txt` pins the versions that are tested.
@@ -22,10 +22,11 @@ STAMP = VENV / "composeformer.stamp"
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def run(*command: str, check: bool = True) -> int:
-    """Shows a command and runs it; a failure ends the whole with its status."""
+def run(*command: str, check: bool = True, **variables: str) -> int:
+    """Shows a command and runs it; a failure ends the whole with its status. `variables` are for its environment."""
     print("$ " + " ".join(command), flush=True)
     environment = {
+        **variables,
         **os.environ,
         "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",
         "VIRTUAL_ENV": str(VENV),
@@ -91,7 +92,12 @@ def checks(arguments: list[str]) -> None:
 
 
 def tests(arguments: list[str]) -> int:
-    return run(str(BIN / "python"), "-m", "pytest", *arguments, check=False)
+    """The tests, a process for each core, whole files in each: fixtures of a file are made once."""
+    workers = min(os.cpu_count() or 1, 8)
+    spread = () if workers == 1 or "-n" in arguments else ("-n", str(workers), "--dist", "loadfile")
+    # Processes that each computed with a thread for every core would wait for one another.
+    threads = {"OMP_NUM_THREADS": "1"} if spread else {}
+    return run(str(BIN / "python"), "-m", "pytest", *spread, *arguments, check=False, **threads)
 
 
 def main() -> None:
