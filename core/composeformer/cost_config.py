@@ -5,6 +5,9 @@ from collections.abc import Iterable
 from composeformer.config import Config, config, facts_of, field, records
 from composeformer.errors import Problem, nearest, one_of
 
+# Products of all numbers of a price stay finite.
+SMALLEST, LARGEST = 1e-30, 1e30
+
 
 @config
 class Range(Config):
@@ -79,6 +82,7 @@ class CostConfig(Config):
     hardware_progress: float = field(
         0.14,
         above=0.0,
+        maximum=10.0,
         unit="orders of magnitude a year",
         affects="execution",
         help="Fall of the price of compute.",
@@ -106,7 +110,11 @@ class CostConfig(Config):
         0.0771, above=0.0, unit="USD per kWh", affects="execution", help="Price of energy."
     )
     carbon: float = field(
-        0.41, minimum=0.0, unit="kg CO2e per kWh", affects="execution", help="Emissions of the energy."
+        0.385,
+        minimum=0.0,
+        unit="kg CO2e per kWh",
+        affects="execution",
+        help="Emissions of the energy, as it is delivered to the facility.",
     )
     restarts: float = field(
         0.06,
@@ -139,6 +147,7 @@ class CostConfig(Config):
     algorithmic_progress: float = field(
         0.45,
         minimum=0.0,
+        maximum=10.0,
         unit="orders of magnitude a year",
         affects="execution",
         help="Fall of the compute that the same quality takes.",
@@ -164,14 +173,29 @@ class CostConfig(Config):
     )
 
     def problems(self) -> Iterable[Problem]:
-        """What is wrong with the ranges together."""
+        """What is wrong with the numbers, and with the ranges together."""
+        facts = facts_of(CostConfig)
+        for name, fact in facts.items():
+            value = getattr(self, name)
+            if fact.kind == "float" and value and not SMALLEST <= value <= LARGEST:
+                yield Problem(name, value, f"must be between {SMALLEST:g} and {LARGEST:g}")
         names = numbers()
         for index, each in enumerate(self.ranges):
             if each.of not in names:
                 told = f"must be a number of [cost]: {one_of(names)}"
                 yield Problem(f"ranges.{index}.of", each.of, told, nearest(each.of, names))
+            elif each.of in [other.of for other in self.ranges[:index]]:
+                yield Problem(f"ranges.{index}.of", each.of, "must have one range; it has another before this")
             elif not 0 < each.low <= each.high:
                 yield Problem(f"ranges.{index}.low", each.low, f"must be > 0 and <= high ({each.high:g})")
+            else:
+                fact = facts[each.of]
+                least = max(SMALLEST, fact.minimum or 0.0)
+                most = LARGEST if fact.maximum is None else fact.maximum
+                if each.low < least:
+                    yield Problem(f"ranges.{index}.low", each.low, f"must be >= {least:g}, as {each.of}")
+                if each.high > most:
+                    yield Problem(f"ranges.{index}.high", each.high, f"must be <= {most:g}, as {each.of}")
 
 
 def numbers() -> tuple[str, ...]:

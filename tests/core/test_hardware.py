@@ -35,7 +35,9 @@ def test_peaks_are_dense_and_halve_with_twice_the_bits(name: str) -> None:
 
 
 def test_a_peak_that_there_is_not_is_refused_with_those_there_are() -> None:
-    with pytest.raises(InputError, match=r"cost.peak = float8: hardware a100 has no peak of it, but of bfloat16"):
+    with pytest.raises(
+        InputError, match=r"cost.peak = float8: hardware a100 has no peak of it, but of bfloat16"
+    ):
         hardware.load("a100").peak("float8")
 
 
@@ -46,7 +48,9 @@ def test_a_name_that_there_is_not_is_refused_with_the_nearest() -> None:
 
 def test_every_problem_of_a_profile_is_told_at_once(tmp_path: Path) -> None:
     good = (Path(hardware.__file__).parents[1] / "hardware" / "h100.toml").read_text()
-    bad = good.replace("memory = { value = 8e10", "memory = { value = 0.0").replace("[peaks]", "[peaks]\nbf16 = 1")
+    bad = good.replace("memory = { value = 8e10", "memory = { value = 0.0").replace(
+        "[peaks]", "[peaks]\nbf16 = 1"
+    )
     bad = bad.replace("year = 2022", "year = 1").replace("power = {", "powr = {")
     file = tmp_path / "mine.toml"
     file.write_text(bad)
@@ -63,3 +67,17 @@ def test_every_problem_of_a_profile_is_told_at_once(tmp_path: Path) -> None:
     ):
         assert part in told, part
     assert f"{file}:" in told
+
+
+@pytest.mark.parametrize(
+    ("value", "told"), [("1e-300", "must be >= 1"), ("1e300", "must be <= 1e+30"), ("0", "must be > 0")]
+)
+def test_a_number_of_no_device_is_refused(tmp_path: Path, value: str, told: str) -> None:
+    good = (Path(hardware.__file__).parents[1] / "hardware" / "h100.toml").read_text()
+    path = tmp_path / "odd.toml"
+    path.write_text(good.replace("value = 9.895e14", f"value = {value}"))
+    with pytest.raises(SpecError) as refused:
+        hardware.load(path)
+    (line,) = refused.value.lines
+    assert "peaks.bfloat16.value" in line
+    assert told in line

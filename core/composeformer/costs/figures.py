@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 
 from composeformer.config import Config, check, config, field
+from composeformer.cost_config import LARGEST
 from composeformer.errors import Problem, nearest, one_of
 from composeformer.spec.document import Document
 from composeformer.spec.scanner import dotted
@@ -27,7 +28,7 @@ class Figure:
 class Amount(Config):
     """A number that a profile states."""
 
-    value: float = field(minimum=0.0)
+    value: float = field(minimum=0.0, maximum=LARGEST)
     source: str = field()
     read: bool = field()
 

@@ -60,11 +60,9 @@ class Pricing:
         self.config = spec.cost
         if self.config.tokens is None and self.config.gpu_hours is None:
             raise InputError("cost.tokens: must be stated, or cost.gpu_hours, to price a run; neither is")
-        longest = spec.model.max_position_embeddings
-        if self.config.context is not None and self.config.context > longest:
-            raise InputError(
-                f"cost.context = {self.config.context}: must be <= max_position_embeddings ({longest})"
-            )
+        longest, context = spec.model.max_position_embeddings, self.config.context
+        if context is not None and context > longest:
+            raise InputError(f"cost.context = {context}: must be <= max_position_embeddings ({longest})")
         self.hardware: Hardware = load(self.config.hardware)
         self.assumptions: dict[str, Assumption] = assumptions(spec)
         self.peak = self.hardware.peak(self.config.peak)

@@ -1,12 +1,15 @@
 """Prices of training: inverses, scopes that are never added, ranges that are what they say, clear refusals."""
 
-from math import exp, log
+from collections.abc import Mapping
+from math import exp, isfinite, log
 from typing import Any
 
+import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from composeformer.config import facts_of
 from composeformer.cost_config import CostConfig, numbers
 from composeformer.costs.economics import (
     Assumption,
@@ -106,6 +109,67 @@ def test_a_range_holds_nine_tenths_of_the_draws(low: float, ratio: float, seed: 
     assert found.p50 == pytest.approx((low * high) ** 0.5, rel=step - 1)
 
 
+@given(
+    st.sampled_from(["utilisation", "interconnect", "calendar", "power", "goodput"]),
+    st.floats(0.001, 0.9),
+    st.floats(0.0, 1.0),
+    st.integers(0, 99),
+)
+def test_a_range_of_a_share_holds_nine_tenths_and_no_draw_leaves_what_it_may_be(
+    name: str, low: float, part: float, seed: int
+) -> None:
+    """Also where the range reaches to an end of what the share can be: a draw of 0 would divide by it."""
+    fact = facts_of(CostConfig)[name]
+    most = fact.maximum or 1.0
+    low = min(low, most)
+    high = low + part * (most - low)
+    made = attrs.evolve(assumptions(Spec.load("tiny-llama"))[name], value=low, low=low, high=high)
+    drawn: list[float] = []
+
+    def kept(of: Mapping[str, float]) -> Mapping[str, float]:
+        drawn.append(of[name])
+        return {"it": of[name]}
+
+    found = sampled({name: made}, kept, samples=1000, seed=seed)["it"]
+    stratum = (high - low) / 900
+    slack = stratum + 1e-12
+    assert low - slack <= found.p5 <= low + slack
+    assert high - slack <= found.p95 <= high + slack
+    assert all((fact.minimum or 0.0) <= value <= most for value in drawn)
+    assert fact.above is None or min(drawn) > fact.above
+
+
+@given(st.floats(1.0, 3.0), st.floats(1.0, 3.0), st.integers(0, 99))
+def test_no_draw_of_a_ratio_is_below_one(low: float, ratio: float, seed: int) -> None:
+    made = attrs.evolve(assumptions(Spec.load("tiny-llama"))["pue"], low=low, high=low * ratio)
+    smallest = []
+    sampled({"pue": made}, lambda of: (smallest.append(of["pue"]), {"it": 0.0})[1], samples=200, seed=seed)
+    assert min(smallest) >= 1.0
+
+
+def test_an_owned_fleet_loses_value_and_draws_power_all_year() -> None:
+    """A year of it holds the whole power bill, and is cheaper by nothing when devices stand idle."""
+    run = priced(calendar=0.5)
+    year, of = run.fleet, run.values
+    assert year.owned == pytest.approx(8 * run.run.owned_rate * 8766)
+    loss = year.cluster_price * of["hardware_progress"] * log(10)
+    assert year.owned == pytest.approx(loss + year.power_bill)
+
+
+def test_utilisation_is_no_assumption_where_tokens_and_hours_are_known() -> None:
+    found = Pricing(Spec.load("llama-3.1-405b"))
+    assert "utilisation" not in found.assumptions
+    assert found.utilisation.causal == pytest.approx(0.358, abs=5e-4)
+    assert "utilisation" in Pricing(Spec.load("deepseek-v3")).assumptions
+
+
+def test_emissions_are_of_energy_at_the_facility_and_count_its_overhead_once() -> None:
+    """The cards give 0.41 to 0.42 kg for a rated kWh, which holds a PUE already."""
+    run = priced()
+    assert run.run.carbon == pytest.approx(run.run.energy * run.values["carbon"])
+    assert 0.41 / 1.1 - 0.01 <= run.values["carbon"] <= 0.4235 / 1.1 + 0.001
+
+
 def test_the_same_seed_draws_the_same_and_another_nearly_the_same() -> None:
     run = priced()
     assert run.ranges(seed=3) == run.ranges(seed=3)
@@ -150,6 +214,33 @@ WRONG: dict[str, tuple[list[str], str]] = {
         ['cost.ranges=[{of="rate", low=2, high=1}]'],
         "ranges.0.low = 2.0: must be > 0 and <= high",
     ),
+    "a second range": (
+        ['cost.ranges=[{of="rate", low=1, high=2}, {of="rate", low=1, high=3}]'],
+        'ranges.1.of = "rate": must have one range',
+    ),
+    "a range of more than all": (
+        ['cost.ranges=[{of="utilisation", low=0.5, high=1.2}]'],
+        "ranges.0.high = 1.2: must be <= 1, as utilisation",
+    ),
+    "a range of less than there can be": (
+        ['cost.ranges=[{of="pue", low=0.9, high=1.2}]'],
+        "ranges.0.low = 0.9: must be >= 1, as pue",
+    ),
+    "a range to where nothing is left": (
+        ['cost.ranges=[{of="interconnect", low=0.5, high=1.0}]'],
+        "ranges.0.high = 1.0: must be <= 0.9",
+    ),
+    "a range of all numbers": (
+        ['cost.ranges=[{of="years", low=1, high=1e300}]'],
+        "ranges.0.high = 1e+300: must be <= 1e+30",
+    ),
+    "more tokens than any number": (
+        ["cost.tokens=1e300"],
+        "cost.tokens = 1e+300: must be between 1e-30 and 1e+30",
+    ),
+    "hardly any of the peak": (["cost.utilisation=1e-320"], "must be between 1e-30 and 1e+30"),
+    "a price of no size": (["cost.electricity=1e308"], "must be between 1e-30 and 1e+30"),
+    "progress beyond measure": (["cost.hardware_progress=1e9"], "must be <= 10"),
     "shares beyond one": (["cost.calendar=0"], "cost.calendar = 0: must be > 0"),
 }
 
@@ -172,3 +263,23 @@ def test_the_table_is_of_a_run_and_no_part_of_what_a_model_is() -> None:
     plain = Spec.load("tiny-llama")
     assert plain.with_(cost={"rate": 9.0, "tokens": 1e12}).fingerprint == plain.fingerprint
     assert CostConfig().rate == plain.cost.rate
+
+
+EXTREMES = sorted(set(numbers()) - {"hardware_progress", "algorithmic_progress"})
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(st.sampled_from(EXTREMES), st.booleans(), max_size=8), st.booleans())
+def test_every_price_that_is_not_refused_is_a_finite_number(ends: dict[str, bool], many: bool) -> None:
+    """Numbers at the ends of what each may be, several at once."""
+    table = {}
+    for name, high in ends.items():
+        fact = facts_of(CostConfig)[name]
+        low = 1e-30 if fact.above is not None else fact.minimum or 0.0
+        table[name] = (1e30 if fact.maximum is None else fact.maximum) if high else low
+    found = priced(**table, tokens=1e30 if many else 1e-30)
+    for value in (*attrs.asdict(found.run).values(), *attrs.asdict(found.fleet).values()):
+        assert isfinite(value)
+    assert all(isfinite(value) for each in found.ranges().values() for value in attrs.astuple(each))
+    assert all(isfinite(swing.at_low) and isfinite(swing.at_high) for swing in found.tornado())
+    assert isfinite(found.utilisation.causal)

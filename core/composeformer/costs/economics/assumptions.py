@@ -1,8 +1,8 @@
 """What a price depends on: every number of `[cost]`, with the range it may lie in, and where it is from.
 
 A range holds the value with a probability of 90%; ends are quantiles of a lognormal distribution whose median is their
-geometric mean, except of shares, which are uniform between them. A value that a spec states has no range unless the
-spec states one in `[[cost.ranges]]`.
+geometric mean, except of shares, which are uniform between them. No draw leaves what the number may be. A value that a
+spec states has no range unless the spec states one in `[[cost.ranges]]`.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from composeformer.config import facts_of
-from composeformer.cost_config import CostConfig, numbers
+from composeformer.cost_config import LARGEST, SMALLEST, CostConfig, numbers
 
 if TYPE_CHECKING:
     from composeformer.spec import Spec
@@ -23,6 +23,7 @@ JUDGED = "no source: a judgement"
 @attrs.frozen(kw_only=True)
 class Assumption:
     """A number that a price depends on. `low` and `high` hold it with a probability of 90%; None where it is exact.
+    It can not be below `least` or above `most`.
 
     `read` says whether the source was read; a number that a spec states has the spec as its source.
     """
@@ -35,6 +36,8 @@ class Assumption:
     read: bool
     low: float | None = None
     high: float | None = None
+    least: float = SMALLEST
+    most: float = LARGEST
 
 
 # Ranges and sources of the values that are shipped.
@@ -57,7 +60,12 @@ SHIPPED: Mapping[str, tuple[float | None, float | None, str, bool]] = {
         True,
     ),
     "electricity": (0.05, 0.12, f"{EPOCH}: the mean of 2024; the range is a judgement", True),
-    "carbon": (None, None, "Llama 3.1 model card: 8,930 t for 30.84M hours of 700 W", True),
+    "carbon": (
+        None,
+        None,
+        "0.41 to 0.42 of rated energy in the Llama 2 and 3.1 model cards, over a PUE of 1.1; that PUE is recalled",
+        False,
+    ),
     "restarts": (0.02, 0.15, JUDGED, False),
     "experiments": (
         0.3,
@@ -74,18 +82,23 @@ SHIPPED: Mapping[str, tuple[float | None, float | None, str, bool]] = {
     "salary": (200000.0, 800000.0, "the article", True),
     "years": (0.3, 1.0, JUDGED, False),
     "share": (None, None, "by definition, where all of it is attributed", True),
-    "algorithmic_progress": (0.2, 0.7, "arXiv 2403.05812: compute halves every 5 to 14 months", False),
+    "algorithmic_progress": (0.26, 0.72, "arXiv 2403.05812: compute halves every 5 to 14 months", False),
 }
 
 
 def assumptions(spec: "Spec") -> dict[str, Assumption]:
-    """Every number that a spec's price depends on, in the order of `[cost]`."""
+    """Every number that a spec's price depends on, in the order of `[cost]`: where tokens and hours are both stated,
+    utilisation follows from them.
+    """
     facts = facts_of(CostConfig)
+    followed = spec.cost.tokens is not None and spec.cost.gpu_hours is not None
     data = spec.document.data.get("cost")
     stated = data if isinstance(data, dict) else {}
     own = {each.of: each for each in spec.cost.ranges}
     found = {}
     for name in numbers():
+        if name == "utilisation" and followed:
+            continue
         low, high, source, read = SHIPPED[name]
         if name in stated:
             low, high, source, read = None, None, str(spec.document.source(("cost", name))), True
@@ -100,5 +113,7 @@ def assumptions(spec: "Spec") -> dict[str, Assumption]:
             read=read,
             low=low,
             high=high,
+            least=max(SMALLEST, facts[name].minimum or 0.0),
+            most=LARGEST if (most := facts[name].maximum) is None else most,
         )
     return found

@@ -2,6 +2,8 @@
 
 development = rent (1 + restarts) (1 + experiments) + headcount salary years share
 a year      = fleet rate 8766 + headcount salary,  or owned;  and what the fleet costs to buy and to power
+
+An owned fleet loses a year's value and draws a year's power whether it works or not.
 """
 
 from collections.abc import Mapping
@@ -56,7 +58,7 @@ def fleet(of: Mapping[str, float], devices: int, tdp: float) -> Fleet:
     return Fleet(
         devices=devices,
         rented=devices * of["rate"] * HOURS_A_YEAR,
-        owned=devices * owned_rate(of, tdp) * HOURS_A_YEAR * of["calendar"],
+        owned=devices * owned_rate(of, tdp) * HOURS_A_YEAR,
         people=of["headcount"] * of["salary"],
         power_bill=devices * energy_rate(of, tdp) * HOURS_A_YEAR * of["electricity"],
         devices_price=price,

@@ -14,9 +14,11 @@ import attrs
 from composeformer.costs.economics.assumptions import Assumption
 
 SAMPLES = 1000
-_Z95 = NormalDist().inv_cdf(0.95)
-# Shares lie between 0 and 1 and are drawn evenly.
+_NORMAL = NormalDist()
+_Z95 = _NORMAL.inv_cdf(0.95)
+# Shares are drawn evenly.
 SHARES = ("utilisation", "goodput", "interconnect", "calendar", "power", "restarts", "share")
+TAIL = 0.05  # of the probability lies below a range, and as much above
 
 Values = Mapping[str, float]
 Result = Callable[[Values], Mapping[str, float]]
@@ -79,15 +81,25 @@ def tornado(assumed: Mapping[str, Assumption], result: Callable[[Values], float]
 
 
 def _quantile(of: Assumption, at: float) -> float:
-    """The value of an assumption below which it lies with probability `at`."""
+    """The value of an assumption below which it lies with probability `at`; never one that it can not have."""
     assert of.low is not None
     assert of.high is not None
     if of.name in SHARES:
-        # The range holds 90%: the whole is a ninth longer, but no longer than shares can be.
-        spare = (of.high - of.low) / 18
-        return min(max(of.low - spare + at * (of.high - of.low + 2 * spare), 0.0), 1.0)
+        # As dense beyond the range as in it, as far as shares go; then the tail is denser.
+        spare = TAIL / (1 - 2 * TAIL) * (of.high - of.low)
+        least, most = max(of.low - spare, of.least), min(of.high + spare, of.most)
+        if at < TAIL:
+            return least + at / TAIL * (of.low - least)
+        if at > 1 - TAIL:
+            return most - (1 - at) / TAIL * (most - of.high)
+        return of.low + (at - TAIL) / (1 - 2 * TAIL) * (of.high - of.low)
     middle, half = (log(of.low) + log(of.high)) / 2, (log(of.high) - log(of.low)) / 2
-    return exp(middle + half * NormalDist().inv_cdf(at) / _Z95)
+    return min(max(exp(middle + half * _normal(at) / _Z95), of.least), of.most)
+
+
+def _normal(at: float) -> float:
+    """The standard normal's quantile; a draw of exactly 0 is that of the least that is not."""
+    return _NORMAL.inv_cdf(max(at, 1e-300))
 
 
 def _quantiles(values: list[float]) -> Quantiles:
