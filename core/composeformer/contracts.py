@@ -227,7 +227,8 @@ class Child:
     """A part inside a part: built at `<path>.<name>`, `width` features wide.
 
     `sublayers` names what a residual joins there, `sizes` what the parent tells of itself (a router's number
-    of experts); both are read from the child's site.
+    of experts); both are read from the child's site. It gets `rows` rows for each one of the parent (a norm of
+    heads as many as there are), and with `same_input` reads the very tensor that the parent does.
     """
 
     name: str
@@ -235,6 +236,8 @@ class Child:
     width: int
     sublayers: tuple[str, ...] = ()
     sizes: Mapping[str, int] = attrs.field(factory=dict)
+    rows: int = 1
+    same_input: bool = False
 
 
 Declared = Linear | Weight | Child
@@ -284,10 +287,27 @@ class Exchange:
 
 @attrs.frozen(kw_only=True)
 class Saved:
-    """Activation elements per token that the backward pass keeps beyond the inputs of linear maps."""
+    """A tensor of activations that training keeps for the backward pass, whichever operations read it there.
+
+    Of each row that the part gets it has `elements`, and `per_key` more for each token of the sequence; or it is what
+    the linear maps `inputs` read, or as large as the result of the map `output`: then its dtype, and whether tensor
+    parallelism divides it, are theirs. Elsewhere `dtype` says the one (None: that of activations; `float32` means
+    that or wider), and `shard` that it is divided. What a part reads is named `input`: whoever keeps it in one dtype
+    keeps it once. A part that keeps nothing says so by a `Saved` of no elements.
+
+    `implementations` are those that keep it; none named: all. `recompute` is the choice of `parallel.recompute` under
+    which alone it is kept: `none` for what is cheaply made again, `selective` for what that is made from.
+    """
 
     name: str
-    elements: int
+    elements: int = 0
+    per_key: int = 0
+    inputs: tuple[str, ...] = ()
+    output: str | None = None
+    dtype: str | None = None
+    shard: bool = False
+    implementations: tuple[str, ...] = ()
+    recompute: str | None = None
 
 
 @attrs.frozen(kw_only=True)

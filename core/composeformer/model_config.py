@@ -90,3 +90,9 @@ class ParallelConfig(Config):
         affects="execution",
         help="The order of a pipeline's micro-batches, for the price.",
     )
+    recompute: str = field(
+        default="none",
+        choices=("none", "selective", "full"),
+        affects="execution",
+        help="What the backward pass makes again, for the price: nothing; what parts say is cheap; whole layers.",
+    )

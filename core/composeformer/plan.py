@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from composeformer.blame import blame, described
-from composeformer.contracts import Child, Linear, Part, Weight
+from composeformer.contracts import Child, Cost, Linear, Part, Phase, Weight
 from composeformer.errors import ComposeError, PluginError, Problem, join
 from composeformer.site import Site
 
@@ -34,6 +34,8 @@ class Node:
     linears: Mapping[str, Linear]
     weights: Mapping[str, Weight]
     children: Mapping[str, "Node"]
+    # What the config states of its costs, by phase; `costs.counts.stated` asks it once.
+    stated_costs: dict[Phase, Sequence[Cost]] = attrs.field(init=False, factory=dict, repr=False)
 
     @property
     def path(self) -> str:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class Site:
     """`path` is the dotted place (`layers.3.mixer`), `layer` its number (None outside layers), `width` the
     features of its input. `sublayers` names what a residual joins, in order; empty at a model's ends. `sizes`
-    is what the part around it tells: `num_experts` to a router.
+    is what the part around it tells: `num_experts` to a router. `rows` is how many rows of its input there are for
+    each token, `reads` the name of that tensor: parts that have the same read the same.
     """
 
     path: str
@@ -30,6 +31,8 @@ class Site:
     spec: "Spec" = attrs.field(repr=False)
     sublayers: tuple[str, ...] = ()
     sizes: Mapping[str, int] = attrs.field(factory=dict)
+    rows: int = 1
+    reads: str = attrs.field(default=attrs.Factory(lambda self: join(self.path, "input"), takes_self=True))
 
     @property
     def hidden_size(self) -> int:
@@ -40,20 +43,37 @@ class Site:
         return len(self.spec.layers)
 
     def part(
-        self, part: Part, name: str, width: int | None = None, sublayers: tuple[str, ...] = (), **sizes: int
+        self,
+        part: Part,
+        name: str,
+        width: int | None = None,
+        sublayers: tuple[str, ...] = (),
+        rows: int = 1,
+        same_input: bool = False,
+        **sizes: int,
     ) -> Child:
         """Declares a child at `<path>.<name>`; its width is this site's unless given."""
-        width = self.width if width is None else width
-        return Child(name=name, part=part, width=width, sublayers=sublayers, sizes=sizes)
+        return Child(
+            name=name,
+            part=part,
+            width=self.width if width is None else width,
+            sublayers=sublayers,
+            sizes=sizes,
+            rows=rows,
+            same_input=same_input,
+        )
 
     def below(self, child: Child) -> "Site":
         """The site of a declared child."""
+        path = join(self.path, child.name)
         return Site(
-            path=join(self.path, child.name),
+            path=path,
             slot=child.part.slot,
             layer=self.layer,
             width=child.width,
             spec=self.spec,
             sublayers=child.sublayers,
             sizes=child.sizes,
+            rows=self.rows * child.rows,
+            reads=self.reads if child.same_input else join(path, "input"),
         )

@@ -10,7 +10,7 @@ Definitions, which every printed number follows:
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 
@@ -164,8 +164,14 @@ def held(node: Node, context: int) -> int:
     return sum(c.elements(context) for c in stated(node, "decode") if isinstance(c, Cache))
 
 
-def stated(node: Node, phase: Phase) -> list[Cost]:
+def stated(node: Node, phase: Phase) -> Sequence[Cost]:
     """What a part's config says that tensors can not. Raises PluginError where it fails or says something else."""
+    if phase not in node.stated_costs:
+        node.stated_costs[phase] = _asked(node, phase)
+    return node.stated_costs[phase]
+
+
+def _asked(node: Node, phase: Phase) -> Sequence[Cost]:
     registry = node.site.spec.registry
     with blame(registry, node.part, node.path, "cost"):
         costs = list(node.part.config.cost(node.site, phase))

@@ -14,6 +14,7 @@ from composeformer.costs.layout import layout
 from composeformer.costs.pricing import Pricing
 from composeformer.costs.quantities import Quantity, Section, scaled
 from composeformer.costs.steps import Steps
+from composeformer.errors import one_of
 from composeformer.spec import Spec
 
 # Lengths that operations are told at, as far as the model goes.
@@ -149,7 +150,7 @@ class Report:
 
     def _memory(self) -> Section:
         placed = layout(self.spec)
-        found = memory.largest(memory.training(self.spec, placed))
+        found = memory.largest(memory.training(self.spec, placed, context=self.context))
         where = (
             "of all"
             if placed.pipeline == 1
@@ -177,7 +178,13 @@ class Report:
             section["gathered"] = _count(
                 found.gathered, "bytes", "the largest part that is whole while it computes"
             )
-        return section | {"all": _count(found.total, "bytes", "activations aside")}
+        made = self.spec.parallel.recompute
+        told = f"kept for {found.in_flight} backward passes of {found.tokens:,} tokens, recompute = {made}"
+        if found.silent:
+            told = f"{one_of(found.silent)}: the plugin does not say what is kept"
+        section["activations"] = Quantity(value=found.activations, unit="bytes", definition=told)
+        everything = "of these" if found.activations is not None else "activations aside"
+        return section | {"all": _count(found.total, "bytes", everything)}
 
     def _step(self) -> dict[str, Section]:
         """A step of the run, where the spec says its sizes."""

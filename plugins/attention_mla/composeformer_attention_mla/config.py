@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from math import sqrt
 
 from composeformer.config import Config, config, field, part
-from composeformer.contracts import Cache, Core, Cost, Declared, Linear, Normal, Part, Phase
+from composeformer.contracts import Cache, Core, Cost, Declared, Linear, Normal, Part, Phase, Saved
 from composeformer.conventions import Convention, Order, after, exchanged, gathered
 from composeformer.errors import Problem
 from composeformer.site import Site
@@ -130,6 +130,78 @@ class MLA(Config):
         per_token = self.kv_lora_rank + self.qk_rope_head_dim
         yield Core(name="attention", per_key=per_key, window=self.window)
         yield Cache(name="latent and rotary key", per_token=per_token, window=self.window)
+        if phase == "train":
+            yield Saved(name="input", inputs=("kv_a", "q" if self.q_lora_rank is None else "q_a"))
+            yield from self._kept()
+            yield Saved(name="mixed", inputs=("o",))
+
+    def _kept(self) -> Iterable[Saved]:
+        """Between the first maps and the last. What is made of latents is made of them again: arXiv 2412.19437, section
+        3.2.3. It needs the rotary key, too.
+        """
+        written = ("expanded", "reference")
+        queries = None if self.q_lora_rank is None else "none"
+        if queries is not None:
+            yield Saved(name="latent of queries", inputs=("q_b",), recompute=queries)
+        yield Saved(name="latent", inputs=("kv_b",), implementations=written, recompute="none")
+        yield Saved(
+            name="rotary key", elements=self.qk_rope_head_dim, implementations=written, recompute="selective"
+        )
+        yield from self._expanded(queries)
+        yield from self._reference(queries)
+        yield from self._absorbed(queries)
+
+    def _expanded(self, queries: str | None) -> Iterable[Saved]:
+        """Queries, keys and values are as wide as the widest of them; unpadded values are a view, of keys too."""
+        only, heads, met, value = ("expanded",), self.num_heads, self.qk_head_dim, self.v_head_dim
+        padded = value < met
+        wide = heads * max(met, value)
+        values = wide if padded else heads * (self.qk_nope_head_dim + value)
+        for name, elements, recompute in (
+            ("queries", wide, queries),
+            ("keys", wide, "none"),
+            ("values", values, "none"),
+            ("mixed, padded", wide if padded else 0, None),
+        ):
+            yield Saved(name=name, elements=elements, shard=True, implementations=only, recompute=recompute)
+        yield Saved(name="log-sums", elements=heads, dtype="float32", shard=True, implementations=only)
+
+    def _reference(self, queries: str | None) -> Iterable[Saved]:
+        for name, width, scores, recompute in (
+            ("queries", self.qk_head_dim, 0, queries),
+            ("keys", self.qk_head_dim, 0, "none"),
+            ("values", self.v_head_dim, 0, "none"),
+            ("scores", 0, self.num_heads, None),
+        ):
+            yield Saved(
+                name=name,
+                elements=self.num_heads * width,
+                per_key=scores,
+                dtype="float32",
+                shard=True,
+                implementations=("reference",),
+                recompute=recompute,
+            )
+
+    def _absorbed(self, queries: str | None) -> Iterable[Saved]:
+        only, heads, rank, rope = ("absorbed",), self.num_heads, self.kv_lora_rank, self.qk_rope_head_dim
+        for name, elements, dtype, recompute in (
+            ("queries", heads * self.qk_head_dim, None, queries),
+            ("rotary queries", heads * rope, "float32", queries),
+            ("queries of latents", heads * rank, "float32", queries),
+            ("mixed latents", heads * rank, None, None),
+        ):
+            yield Saved(
+                name=name,
+                elements=elements,
+                dtype=dtype,
+                shard=True,
+                implementations=only,
+                recompute=recompute,
+            )
+        yield Saved(name="latent", elements=rank, dtype="float32", implementations=only)
+        yield Saved(name="rotary key", elements=rope, dtype="float32", implementations=only)
+        yield Saved(name="scores", per_key=heads, dtype="float32", shard=True, implementations=only)
 
     def conventions(self, site: Site) -> Iterable[Convention]:
         heads, rank = self.num_heads, self.kv_lora_rank

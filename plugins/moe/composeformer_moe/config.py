@@ -11,7 +11,7 @@ from typing import Any, cast
 import attrs
 
 from composeformer.config import Config, config, field, part
-from composeformer.contracts import Cost, Declared, Exchange, Linear, Normal, Part, Phase
+from composeformer.contracts import Cost, Declared, Exchange, Linear, Normal, Part, Phase, Saved
 from composeformer.conventions import Convention, Swap
 from composeformer.errors import Problem
 from composeformer.site import Site
@@ -58,7 +58,7 @@ class MoE(Config):
     def tensors(self, site: Site) -> Iterable[Declared]:
         inner = Normal(site.spec.model.init_std)
         outer = Normal(site.spec.model.init_std / sqrt(2 * site.num_layers))
-        yield site.part(self.router, "router", num_experts=self.num_experts)
+        yield site.part(self.router, "router", same_input=True, num_experts=self.num_experts)
         for name, inputs, outputs, init in (
             ("gate", site.width, self.intermediate_size, inner),
             ("up", site.width, self.intermediate_size, inner),
@@ -84,6 +84,29 @@ class MoE(Config):
         top_k: int = self.router.config.top_k
         yield Exchange(name="dispatch", elements=site.width, fan_out=top_k)
         yield Exchange(name="combine", elements=site.width, fan_out=top_k)
+        if phase == "train":
+            yield from self._kept(site.width, min(top_k, self.num_experts))
+
+    def _kept(self, width: int, top_k: int) -> Iterable[Saved]:
+        """Each row that an expert gets, and what is in it; then results, places and weights, to combine them."""
+        yield Saved(name="rows", inputs=("gate", "up"))
+        yield Saved(name="gate", output="gate")
+        yield Saved(name="up", output="up")
+        yield Saved(name="activated", output="gate", recompute="none")
+        yield Saved(name="inner", inputs=("down",), recompute="none")
+        yield Saved(name="results", output="down")
+        yield Saved(name="places", elements=2 * top_k, dtype="int64")
+        yield Saved(name="weights", elements=top_k, dtype="float32")
+        yield Saved(name="no expert", elements=top_k, dtype="bool")
+        # Rows are twice as many at most, and kept beside what they were made of; copies of weights are no token's.
+        blocks = top_k * (2 * width + 4 * self.intermediate_size)
+        yield Saved(name="blocks", elements=blocks, implementations=("batched",))
+        if self.shared_width:
+            yield Saved(name="input", inputs=("shared_gate", "shared_up"))
+            yield Saved(name="shared gate", output="shared_gate")
+            yield Saved(name="shared up", output="shared_up")
+            yield Saved(name="shared activated", output="shared_gate", recompute="none")
+            yield Saved(name="shared inner", inputs=("shared_down",), recompute="none")
 
     def conventions(self, site: Site) -> Iterable[Convention]:
         names = ("", "shared_") if self.shared_width else ("",)

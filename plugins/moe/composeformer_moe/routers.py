@@ -7,7 +7,7 @@ visits few machines.
 from collections.abc import Iterable
 
 from composeformer.config import Config, config, field
-from composeformer.contracts import Constant, Declared, Linear, Normal, Weight
+from composeformer.contracts import Constant, Cost, Declared, Linear, Normal, Phase, Saved, Weight
 from composeformer.errors import Problem
 from composeformer.site import Site
 
@@ -44,6 +44,14 @@ def gate(site: Site) -> Declared:
         sensitive=True,
         init=Normal(site.spec.model.init_std),
     )
+
+
+def kept(site: Site, top_k: int, of_all: int, of_chosen: int) -> Iterable[Saved]:
+    """What a choice in fp32 keeps of each token: so many numbers of every expert, and of those chosen."""
+    yield Saved(name="input", elements=site.width, dtype="float32")
+    yield Saved(name="indices", elements=top_k, dtype="int64")
+    yield Saved(name="of all", elements=of_all * site.sizes["num_experts"], dtype="float32")
+    yield Saved(name="of chosen", elements=of_chosen * top_k, dtype="float32")
 
 
 @config
@@ -83,6 +91,12 @@ class Softmax(Config):
     def tensors(self, site: Site) -> Iterable[Declared]:
         yield gate(site)
 
+    def cost(self, site: Site, phase: Phase) -> Iterable[Cost]:
+        """What is chosen from: logits, or probabilities beside which the z-loss has the logits."""
+        if phase == "train":
+            logits = self.z_alpha > 0 and not self.normalize
+            yield from kept(site, self.top_k, 1 + (self.balance_alpha > 0) + logits, int(self.normalize))
+
 
 @config
 class SigmoidBias(Config):
@@ -119,3 +133,9 @@ class SigmoidBias(Config):
             trains=False,
             init=Constant(0.0),
         )
+
+    def cost(self, site: Site, phase: Phase) -> Iterable[Cost]:
+        """What is chosen from; a softmax of log-sigmoids has two of each, and one is in the balance loss."""
+        if phase == "train":
+            of_all = 3 if self.sequence_balance_alpha else 1
+            yield from kept(site, self.top_k, of_all, 2 if self.normalize else 0)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import attrs
 
 from composeformer.config import Config, config, field, layer, part
-from composeformer.contracts import Cost, Declared, LayerParts, Linear, Normal, Part, Phase, Uses
+from composeformer.contracts import Cost, Declared, LayerParts, Linear, Normal, Part, Phase, Saved, Uses
 from composeformer.conventions import Convention, Order, Swap, exchanged
 from composeformer.errors import Problem
 from composeformer.site import Site
@@ -61,6 +61,11 @@ class MTP(Config):
 
     def cost(self, site: Site, phase: Phase) -> Iterable[Cost]:
         yield Uses(name="the model's head", slot="head", times=self.depth)
+        if phase == "train":
+            for depth in range(self.depth):
+                # What is joined is normalised, which is made again.
+                joined = f"depths.{depth}.eh_proj"
+                yield Saved(name=joined, inputs=(joined,), recompute="none")
 
     def conventions(self, site: Site) -> Iterable[Convention]:
         names = [f"depths.{depth}" for depth in range(self.depth)]

@@ -1,8 +1,11 @@
 """The training parts on paper: what their fields mean. Imports no torch."""
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 from composeformer.config import Config, config, field
+from composeformer.contracts import Cost, Phase, Saved
+from composeformer.site import Site
 
 
 @config
@@ -16,6 +19,13 @@ class NextToken(Config):
         affects="execution",
         help="Tokens whose fp32 probabilities are held at once and made again in the backward; absent: all.",
     )
+
+    def cost(self, site: Site, phase: Phase) -> Iterable[Cost]:
+        """Of each token its probabilities, or, in pieces, the logits that they are made of again: in fp32 at most."""
+        if phase == "train":
+            kept = "log-probabilities" if self.chunk_tokens is None else "logits"
+            yield Saved(name=kept, elements=site.spec.model.vocab_size, dtype="float32")
+            yield Saved(name="labels", elements=1, dtype="int64")
 
 
 @config

@@ -22,6 +22,7 @@ from composeformer.contracts import (
     Normal,
     Part,
     Phase,
+    Saved,
     Weight,
 )
 from composeformer.conventions import Convention, Order, Swap, transposed, widened
@@ -108,8 +109,8 @@ class GQA(Config):
         )
         yield site.part(self.position, "position", width=width)
         if self.qk_norm is not None:
-            yield site.part(self.qk_norm, "q_norm", width=width)
-            yield site.part(self.qk_norm, "k_norm", width=width)
+            yield site.part(self.qk_norm, "q_norm", width=width, rows=self.num_heads)
+            yield site.part(self.qk_norm, "k_norm", width=width, rows=self.kv_heads)
         if self.sinks:
             yield Weight(name="sinks", shape=(self.num_heads,), shard=0, init=Constant(0.0))
 
@@ -117,6 +118,27 @@ class GQA(Config):
         width = self.head_width(site.width)
         yield Core(name="attention", per_key=4 * self.num_heads * width, window=self.window)
         yield Cache(name="keys and values", per_token=2 * self.kv_heads * width, window=self.window)
+        if phase == "train":
+            yield Saved(name="input", inputs=("q", "k", "v"))
+            yield from self._kept(width)
+            yield Saved(name="mixed", inputs=("o",))
+
+    def _kept(self, width: int) -> Iterable[Saved]:
+        """Of the attention core: the reference has fp32 operands, and scores as each of its operations reads them."""
+        for name, linear, heads in (
+            ("queries", "q", self.num_heads),
+            ("keys", "k", self.kv_heads),
+            ("values", "v", self.kv_heads),
+        ):
+            yield Saved(name=name, output=linear, implementations=("sdpa",))
+            yield Saved(
+                name=name, elements=heads * width, dtype="float32", shard=True, implementations=("reference",)
+            )
+        heads = self.num_heads
+        yield Saved(name="log-sums", elements=heads, dtype="float32", shard=True, implementations=("sdpa",))
+        # Weights, once more in another order where heads share keys, and what a cap keeps.
+        scores = heads * (1 + (self.kv_heads < heads) + (self.cap is not None))
+        yield Saved(name="scores", per_key=scores, dtype="float32", shard=True, implementations=("reference",))
 
     def conventions(self, site: Site) -> Iterable[Convention]:
         width, group = self.head_width(site.width), self.num_heads // self.kv_heads

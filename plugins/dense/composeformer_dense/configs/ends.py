@@ -6,7 +6,7 @@ Sources: Press and Wolf, arXiv 1608.05859 (the tied head); Gemma Team, arXiv 240
 from collections.abc import Iterable
 
 from composeformer.config import Config, config, field
-from composeformer.contracts import Declared, Linear, Normal, Weight
+from composeformer.contracts import Cost, Declared, Linear, Normal, Phase, Saved, Weight
 from composeformer.site import Site
 
 
@@ -19,6 +19,10 @@ class TokenEmbedding(Config):
     def tensors(self, site: Site) -> Iterable[Declared]:
         model = site.spec.model
         yield Weight(name="weight", shape=(model.vocab_size, model.hidden_size), init=Normal(model.init_std))
+
+    def cost(self, site: Site, phase: Phase) -> Iterable[Cost]:
+        if phase == "train":
+            yield Saved(name="nothing")  # ids, which the batch has anyway
 
 
 @config
@@ -41,3 +45,9 @@ class LinearHead(Config):
             same_as="embedding.weight" if model.tie_embeddings else None,
             init=Normal(model.init_std),
         )
+
+    def cost(self, site: Site, phase: Phase) -> Iterable[Cost]:
+        if phase == "train":
+            yield Saved(name="input", inputs=("projection",))
+            if self.cap is not None:
+                yield Saved(name="tanh", output="projection")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from math import sqrt
 
 from composeformer.config import Config, config, field
-from composeformer.contracts import Declared, Linear, Normal
+from composeformer.contracts import Cost, Declared, Linear, Normal, Phase, Saved
 from composeformer.conventions import Convention, Swap
 from composeformer.site import Site
 
@@ -48,6 +48,18 @@ class SwiGLU(Config):
             shard="in",
             init=outer,
         )
+
+    def cost(self, site: Site, phase: Phase) -> Iterable[Cost]:
+        """The nonlinearity keeps what it reads, but `relu` its result, and `relu2` what it squares."""
+        if phase != "train":
+            return
+        yield Saved(name="input", inputs=("gate", "up") if self.gated else ("up",))
+        if self.activation != "relu":
+            yield Saved(name="before activation", output="gate" if self.gated else "up")
+        if self.gated:
+            yield Saved(name="activated", output="gate", recompute="none")
+            yield Saved(name="up", output="up")
+        yield Saved(name="inner", inputs=("down",), recompute="none")
 
     def conventions(self, site: Site) -> Iterable[Convention]:
         if self.gated:

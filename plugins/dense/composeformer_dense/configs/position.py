@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from math import log
 
 from composeformer.config import Config, config, field
+from composeformer.contracts import Cost, Phase, Saved
 from composeformer.conventions import interleaved, inverse
 from composeformer.errors import Problem
 from composeformer.site import Site
@@ -39,6 +40,10 @@ class Rope(Config):
         if self.layout == "interleaved":
             return self.layout, "half-split", (*inverse(pairs), *rest)
         return self.layout, "interleaved", (*pairs, *rest)
+
+    def cost(self, site: Site, phase: Phase) -> Iterable[Cost]:
+        if phase == "train":
+            yield Saved(name="nothing")  # tables, which the batch has anyway
 
     def validate(self, site: Site) -> Iterable[Problem]:
         width = self.rotary_width(site.width)
@@ -121,3 +126,7 @@ class YarnRope(Rope):
 @config
 class NoPosition(Config):
     """Nothing turns; order is known from the causal mask alone."""
+
+    def cost(self, site: Site, phase: Phase) -> Iterable[Cost]:
+        if phase == "train":
+            yield Saved(name="nothing")

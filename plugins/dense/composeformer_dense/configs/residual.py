@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from composeformer.config import Config, config, part
-from composeformer.contracts import Declared, Part
+from composeformer.contracts import Cost, Declared, Part, Phase, Saved
 from composeformer.conventions import Convention, Swap
 from composeformer.site import Site
 
@@ -19,6 +19,10 @@ class PreNorm(Config):
             yield site.part(self.norm, "norm")
         for sublayer in site.sublayers:
             yield site.part(self.norm, f"{sublayer}_norm")
+
+    def cost(self, site: Site, phase: Phase) -> Iterable[Cost]:
+        if phase == "train":
+            yield Saved(name="nothing")  # the gradient of a sum needs neither addend
 
     def conventions(self, site: Site) -> Iterable[Convention]:
         if len(site.sublayers) == 2:
