@@ -150,5 +150,7 @@ def bounded(
         wanted, larger = wanted + bias, larger + bias.abs()
         bound = bound + FLOATS["float32"][0] * larger
     bound = bound + (declared.result + roundoff(dtype)) * (larger + bound)
+    # Below its normal numbers a dtype's stand evenly.
+    bound = bound + roundoff(dtype) * torch.finfo(dtype).tiny
     # The judge sums in float64 itself.
     return wanted, bound + terms * FLOATS["float64"][0] * larger + FLUSHED

@@ -178,7 +178,7 @@ def copied(case: ModelCase) -> None:
 
 @model_law(
     "repeated",
-    "the same once more is the same bits; the same seed the same weights; no global random state is used",
+    "the same once more is the same bits; the same seed the same weights, no two of them alike; no global random state",
     kills="values-from-the-global-random-state",
     examples=5,
 )
@@ -201,5 +201,14 @@ def repeated(case: ModelCase) -> None:
     drawn = [
         name for name, each in one.state_dict().items() if each.numel() > 1 and each.unique().numel() > 1
     ]
-    stale = [name for name in drawn if torch.equal(other[name], one.state_dict()[name])]
+    values = one.state_dict()
+    stale = [name for name in drawn if torch.equal(other[name], values[name])]
     case.require(not stale, f"{stale[:1]} has the same values whatever the seed")
+    alike: dict[Any, str] = {}
+    for name in drawn:
+        if name in case.spec.plan.aliases:
+            continue
+        for n, each in enumerate(values[name] if values[name].ndim > 2 else [values[name]]):
+            if each.numel() > 1:
+                twin = alike.setdefault(tuple(each.flatten().tolist()), f"{name} {n}")
+                case.equal(f"{name} {n}", twin, "the first of the initial values that are its own")
