@@ -121,9 +121,10 @@ def holes(case: ModelCase) -> None:
 )
 def documents(case: ModelCase) -> None:
     """Side losses are sums over sequences, and a packed row is one: they are left out."""
-    lengths = case.integers("lengths", 1, 4, 2, 3)
-    numbers = case.integers("numbers", 0, 1, len(lengths), len(lengths))
-    numbers = [2 * place + number for place, number in enumerate(numbers)]
+    lengths = case.integers("lengths", 1, 4, 2, 4)
+    # One that comes back after another is a new document.
+    steps = case.integers("steps", 1, 2, len(lengths), len(lengths))
+    numbers = [sum(steps[:place]) % 3 for place in range(len(lengths))]
     ids = torch.split(case.ids("ids", 1, sum(lengths))[0], lengths)
     apart = [TokenBatch(each[None]) for each in ids]
     names = torch.tensor([name for name, length in zip(numbers, lengths, strict=True) for _ in range(length)])
