@@ -41,20 +41,23 @@ def _print(found: Any) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from composeformer.costs.printing import shown
+    from composeformer.costs.printing import SAME, shown
 
     pairs, factors, screen = found.pairs, found.factors, console()
     names = [escape(each.spec.name) for each in (found.first, found.second)]
     table = Table("", "", *names, title="structure", title_justify="left")
     for change in found.changes:
         table.add_row(change.what, *map(escape, (change.where, change.first, change.second)))
-    screen.print(table)
+    if found.changes:
+        screen.print(table)
+    else:
+        screen.print(SAME, markup=False)
     for title in dict.fromkeys(pair.section for pair in pairs):
         table = Table("", *names, "ratio", title=title, title_justify="left")
         for pair in pairs:
             if pair.section == title:
                 values = ("" if each is None else shown(each) for each in (pair.first, pair.second))
-                table.add_row(pair.name, *values, "" if pair.ratio is None else f"{pair.ratio:.3g}")
+                table.add_row(escape(pair.name), *values, "" if pair.ratio is None else f"{pair.ratio:.3g}")
         screen.print(table)
     if found.hours is None:
         screen.print(

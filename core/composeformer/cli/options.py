@@ -116,6 +116,9 @@ def console(stderr: bool = False) -> Any:
     class Screen(Console):
         def render(self, renderable: Any, options: Any = None) -> Any:
             for segment in super().render(renderable, options):
+                if segment.text.isprintable():
+                    yield segment
+                    continue
                 # Names come from specs and plugins: no terminal shall obey them.
                 text = segment.text if segment.control else visible(segment.text, keep="\n")
                 yield segment._replace(text=text)

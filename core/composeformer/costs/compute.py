@@ -16,9 +16,8 @@ from collections.abc import Iterable, Mapping
 
 import attrs
 
-from composeformer.config import Config
 from composeformer.contracts import Cache, Core, Phase, Uses
-from composeformer.costs.counts import stated
+from composeformer.costs.counts import component, stated, unknown
 from composeformer.errors import InputError
 from composeformer.formats import BITS
 from composeformer.plan import Node
@@ -59,11 +58,6 @@ class Decoding:
     def intensity(self) -> float:
         """Operations a byte."""
         return self.operations / (self.weight_bytes + self.cache_bytes)
-
-
-def component(node: Node) -> str:
-    """What a node is told as: its slot and kind."""
-    return f"{node.slot} {node.part.kind}"
 
 
 def forward(
@@ -127,16 +121,6 @@ def activation_bytes(spec: Spec) -> float:
     return BITS[spec.formats.activations] / 8 if "precision" in spec.document.data else UNSTATED
 
 
-def unknown(spec: Spec) -> tuple[str, ...]:
-    """Components whose costs nobody states: mixers that say nothing of products, caches or anything else."""
-    silent = {
-        component(node)
-        for node in spec.plan.nodes()
-        if node.slot == "mixer" and type(node.part.config).cost is Config.cost
-    }
-    return tuple(sorted(silent))
-
-
 def _nodes(spec: Spec, predictor: bool) -> Iterable[Node]:
     plan = spec.plan
     own = set(plan.predictor.walk()) if plan.predictor is not None else set()
@@ -188,4 +172,4 @@ def _positive(**counts: int) -> None:
             raise InputError(f"{name} = {found}: must be >= 1")
 
 
-__all__ = ["Decoding", "Work", "attention_intensity", "decode", "forward", "total", "unknown"]
+__all__ = ["Decoding", "Work", "attention_intensity", "component", "decode", "forward", "total", "unknown"]

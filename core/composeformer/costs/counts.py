@@ -15,8 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import attrs
 
 from composeformer.blame import blame, described
-from composeformer.contracts import Cache, Core, Cost, Phase, Uses
-from composeformer.errors import InputError, PluginError
+from composeformer.config import Config
+from composeformer.contracts import SUBLAYERS, Cache, Core, Cost, Phase, Uses
+from composeformer.errors import InputError, PluginError, one_of
 from composeformer.plan import Node
 from composeformer.spec import Spec
 
@@ -46,7 +47,9 @@ class Flops:
 
 @attrs.frozen(kw_only=True)
 class Counts:
-    """What a spec is and needs, in elements, bytes and operations."""
+    """What a spec is and needs, in elements, bytes and operations; `unknown` are components that do not say what they
+    compute and cache: it is in none of these.
+    """
 
     name: str
     fingerprint: str
@@ -59,9 +62,16 @@ class Counts:
     cache_bytes_at_context: int
     flops_per_token: Flops
     unverified: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def caches_unknown(self) -> bool:
+        """Whether a mixer does not say what it caches."""
+        return any(name.startswith("mixer ") for name in self.unknown)
 
     def to_dict(self) -> dict[str, object]:
-        """The document that `--json` prints."""
+        """The document that `--json` prints; where mixers do not say what they cache, that is null."""
+        silent = self.caches_unknown
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
@@ -72,10 +82,11 @@ class Counts:
                 "active": attrs.asdict(self.active),
             },
             "buffers": dict(self.buffers),
-            "cache_bytes_per_token": self.cache_bytes_per_token,
-            "cache_bytes_at_context": self.cache_bytes_at_context,
+            "cache_bytes_per_token": None if silent else self.cache_bytes_per_token,
+            "cache_bytes_at_context": None if silent else self.cache_bytes_at_context,
             "flops_per_token": attrs.asdict(self.flops_per_token),
             "unverified": list(self.unverified),
+            "unknown": list(self.unknown),
         }
 
 
@@ -98,6 +109,8 @@ def cost(spec: "Spec | str", *, context: int | None = None, causal: bool = True)
     embedding = sum(parameters(node) for node in plan.embedding.walk())
     head = sum(parameters(node) for node in plan.head.walk())
     tied = any(name in plan.aliases for node in plan.head.walk() for name, _ in node.tensors())
+    silent = unknown(spec)
+    convention = ("causal" if causal else "full mask") + ", GEMMs only"
     forward = sum(flops(node, length, causal) for node in main)
     ends = {"embedding": plan.embedding, "head": plan.head}
     again = [use for node in predictor for use in stated(node, "train") if isinstance(use, Uses)]
@@ -123,10 +136,26 @@ def cost(spec: "Spec | str", *, context: int | None = None, causal: bool = True)
             forward=forward,
             training=3 * forward,
             training_with_predictor=3 * (forward + extra),
-            convention=("causal" if causal else "full mask") + ", GEMMs only",
+            convention=f"{convention}, without what {one_of(silent)} computes" if silent else convention,
         ),
         unverified=spec.unverified,
+        unknown=silent,
     )
+
+
+def component(node: Node) -> str:
+    """What a node is told as: its slot and kind."""
+    return f"{node.slot} {node.part.kind}"
+
+
+def unknown(spec: Spec) -> tuple[str, ...]:
+    """Components whose costs nobody states: sublayers that say nothing of products, caches or anything else."""
+    silent = {
+        component(node)
+        for node in spec.plan.nodes()
+        if node.slot in SUBLAYERS and type(node.part.config).cost is Config.cost
+    }
+    return tuple(sorted(silent))
 
 
 def parameters(node: Node) -> int:

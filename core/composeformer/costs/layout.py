@@ -67,6 +67,10 @@ class Layout:
             raise InputError(
                 f"parallel.pipeline = {self.pipeline}: must be <= the number of layers ({layers})"
             )
+        if self.spec.parallel.schedule == "dualpipe" and self.pipeline > 1 and self.pipeline % 2:
+            # A device is a stage of both directions, from either end (arXiv 2412.19437, section 3.2.1).
+            told = "must be even under the schedule dualpipe"
+            raise InputError(f"parallel.pipeline = {self.pipeline}: {told}")
         if self.devices % whole:
             told = f"must divide the number of devices ({self.devices})"
             raise InputError(f"parallel.pipeline x parallel.tensor = {whole}: {told}")

@@ -1,11 +1,11 @@
 """A report as one HTML page: every table, and plots of what they say. It loads nothing and runs no script."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html import escape
 
 from composeformer.costs import compute
 from composeformer.costs.plots import Bar, Line, bars, lines
-from composeformer.costs.printing import money, shown, told
+from composeformer.costs.printing import layers, money, roles, sensitivity, shown, told
 from composeformer.costs.quantities import Section, scaled
 from composeformer.costs.report import Report
 
@@ -32,6 +32,8 @@ def page(report: Report) -> str:
         body.append(f"<h2>{escape(title[:1].upper() + title[1:])}</h2>")
         body += plots.get(title, [])
         body.append(_table(section))
+    body.append("<h2>Parameters by layer</h2>" + _pairs(layers(report)))
+    body.append("<h2>Parameters by role</h2>" + _pairs(roles(report)))
     if report.is_priced:
         body += _ranges(report)
         body += _assumptions(report)
@@ -101,20 +103,25 @@ def _table(section: Section) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
+def _pairs(found: Iterable[tuple[str, str]]) -> str:
+    rows = (f'<tr><td>{escape(name)}</td><td class="n">{escape(value)}</td></tr>' for name, value in found)
+    return f"<table>{''.join(rows)}</table>"
+
+
 def _ranges(report: Report) -> Iterator[str]:
     yield '<h2>Ranges</h2><p class="note">5, 50 and 95%; scopes are never added together.</p>'
     rows = [
         Bar(
             name=name, low=q.p5, high=q.p95, mark=q.p50, told=f"{money(q.p5)}, {money(q.p50)}, {money(q.p95)}"
         )
-        for name, q in report.pricing.ranges().items()
+        for name, q in report.ranges.items()
     ]
     yield bars(rows, log=True)
     yield '<h2>What development depends on</h2><p class="note">One assumption at a time, over its range.</p>'
     swings = [
         Bar(name=s.name, low=s.at_low, high=s.at_high, told=f"{money(s.at_low)} to {money(s.at_high)}",
             mark=report.pricing.development.total)
-        for s in report.pricing.tornado()
+        for s in report.swings
         if s.size
     ]  # fmt: skip
     yield bars(swings, log=True)
@@ -132,12 +139,13 @@ def _ranges(report: Report) -> Iterator[str]:
 
 
 def _assumptions(report: Report) -> Iterator[str]:
-    head = "<tr><th></th><th>value</th><th>90% lie in</th><th>what it is, and its source</th></tr>"
+    heads = ("", "value", "90% lie in", "which makes", "what it is, and its source")
+    head = f"<tr>{''.join(f'<th>{each}</th>' for each in heads)}</tr>"
     yield f"<h2>Assumptions</h2><table>{head}"
     for name, each in report.assumptions.items():
         held = "exact" if each.low is None or each.high is None else f"{each.low:g} to {each.high:g}"
         source = each.source if each.read else f"{each.source}; unconfirmed"
-        cells = (f"{each.value:g} {each.unit}", held)
+        cells = (f"{each.value:g} {each.unit}", held, sensitivity(report, name))
         yield f"<tr><td>{escape(name)}</td>" + "".join(f'<td class="n">{escape(cell)}</td>' for cell in cells)
         yield f'<td class="d">{escape(each.help)} {escape(source)}</td></tr>'
     yield "</table>"

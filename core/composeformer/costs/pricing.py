@@ -49,6 +49,17 @@ class Utilisation:
     of_other_peaks: Mapping[str, float]
 
 
+@attrs.frozen(kw_only=True)
+class Sensitivity:
+    """What one assumption's range alone makes of a result, in USD: of the development where that depends on it, else of
+    the first of the others that does.
+    """
+
+    of: str
+    at_low: float
+    at_high: float
+
+
 class Pricing:
     """The price of training one model; parts are worked out when they are first asked for.
 
@@ -139,16 +150,19 @@ class Pricing:
         )
 
     def results(self, of: Mapping[str, float]) -> dict[str, float]:
-        """What ranges are given of, in USD: by scope."""
-        run = self.run_under(of)
+        """What ranges are given of, in USD: by scope. A run is told with what of it had to be done again."""
+        run, again = self.run_under(of), 1.0 + of["restarts"]
         made = development(of, run)
         year = fleet(of, self.config.fleet or self.config.gpus, self.hardware.power.value)
         return {
             "run, rented": made.final,
+            "run, owned instead": run.owned * again,
+            "run, owned, straight line": run.straight * again,
             "development, compute": made.compute,
             "development, people": made.people,
             "development": made.total,
             "organisation-year, rented": year.rented + year.people,
+            "organisation-year, owned instead": year.owned + year.people,
         }
 
     def ranges(self, *, seed: int = 0) -> dict[str, Quantiles]:
@@ -158,6 +172,27 @@ class Pricing:
     def tornado(self) -> list[Swing]:
         """What each assumption alone makes of the development's total, the widest first."""
         return tornado(self.assumptions, lambda of: self.results(of)["development"])
+
+    def sensitivities(self) -> dict[str, Sensitivity]:
+        """Of every assumption that has a range."""
+        found = {}
+        for name, each in self.assumptions.items():
+            if each.low is None or each.high is None:
+                continue
+            low, high = (self._outcomes({**self.values, name: end}) for end in (each.low, each.high))
+            moved = next((of for of in low if low[of] != high[of]), "development")
+            found[name] = Sensitivity(of=moved, at_low=low[moved], at_high=high[moved])
+        return found
+
+    def _outcomes(self, of: Mapping[str, float]) -> dict[str, float]:
+        run = self.run_under(of)
+        progress = of["hardware_progress"] + of["algorithmic_progress"]
+        return {
+            "development": development(of, run).total,
+            "run, owned instead": run.owned,
+            "run, owned, straight line": run.straight,
+            "run, a year later": run.rent * 10**-progress,
+        }
 
     def trend(self) -> list[Year]:
         """The run's rent in the years around its own."""

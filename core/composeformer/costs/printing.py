@@ -5,11 +5,13 @@ from typing import Any
 
 import attrs
 
+from composeformer.costs.breakdown import alike
 from composeformer.costs.difference import Difference, Pair
 from composeformer.costs.economics import Quantiles
 from composeformer.costs.quantities import Quantity, Section, scaled
 from composeformer.costs.report import Report
 
+SAME = "The two have the same parts with the same fields."
 _MONEY = ((1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 
@@ -48,29 +50,62 @@ def told(quantity: Quantity) -> str:
 
 def markdown(report: Report) -> str:
     """The report as a Markdown document."""
-    parts = [f"# {report.spec.name}: cost", f"Fingerprint `{report.spec.fingerprint}`."]
+    parts = [f"# {_plain(report.spec.name)}: cost", f"Fingerprint `{report.spec.fingerprint}`."]
     for title, section in report.sections.items():
         parts.append(f"## {title[:1].upper()}{title[1:]}\n\n{_section(section)}")
+    parts.append("## Parameters by role\n\n" + _table(("role", "parameters"), roles(report)))
+    parts.append("## Parameters by layer\n\n" + _table(("layers", "parameters of each"), layers(report)))
     if report.is_priced:
-        parts.append("## Ranges\n\n" + _ranges(report.pricing.ranges()))
+        parts.append("## Ranges\n\n" + _ranges(report.ranges))
         parts.append("## Assumptions\n\n" + _assumptions(report))
+        parts.append("## The same run in other years\n\n" + _table(TREND, trend(report)))
     return "\n\n".join(parts) + "\n"
 
 
-def document(report: Report, *, ranges: bool = True) -> dict[str, Any]:
+def document(report: Report) -> dict[str, Any]:
     """The report as plain data for `--json`: the counts as they have always been, and every section."""
     found: dict[str, Any] = {**report.counts.to_dict(), "checkpoint": report.folder.to_dict()}
+    found["parameters"] |= {"by_role": dict(report.roles), "by_layer": report.layers}
     found["sections"] = {
         title: {name: each.to_dict() for name, each in section.items()}
         for title, section in report.sections.items()
     }
     if report.is_priced:
         found["assumptions"] = {name: attrs.asdict(each) for name, each in report.assumptions.items()}
-        if ranges:
-            found["ranges"] = {name: attrs.asdict(each) for name, each in report.pricing.ranges().items()}
-            found["tornado"] = [attrs.asdict(swing) for swing in report.pricing.tornado()]
-            found["trend"] = [attrs.asdict(year) for year in report.pricing.trend()]
+        found["seed"] = report.seed
+        found["ranges"] = {name: attrs.asdict(each) for name, each in report.ranges.items()}
+        found["tornado"] = [attrs.asdict(swing) for swing in report.swings]
+        found["sensitivity"] = {name: attrs.asdict(each) for name, each in report.sensitivities.items()}
+        found["trend"] = [attrs.asdict(year) for year in report.pricing.trend()]
     return found
+
+
+def roles(report: Report) -> list[tuple[str, str]]:
+    """Every role and its parameters; `*` is the number of a layer."""
+    return [(role, f"{number:,}") for role, number in report.roles.items()]
+
+
+def layers(report: Report) -> list[tuple[str, str]]:
+    """Layers that are alike in a row, and the parameters of each."""
+    runs = alike(report.layers)
+    return [(f"{a}" if a == b else f"{a} to {b}", f"{number:,}") for a, b, number in runs]
+
+
+TREND = ("year", "cheaper hardware", "better algorithms too", "at the ends of both ranges")
+
+
+def trend(report: Report) -> list[tuple[str, str, str, str]]:
+    """The rent of the same run in other years."""
+    return [
+        (str(y.year), money(y.hardware), money(y.both), f"{money(y.low)} to {money(y.high)}")
+        for y in report.pricing.trend()
+    ]
+
+
+def sensitivity(report: Report, name: str) -> str:
+    """What an assumption's range alone makes of the result that depends on it; nothing where it has none."""
+    found = report.sensitivities.get(name)
+    return "" if found is None else f"{found.of}: {money(found.at_low)} to {money(found.at_high)}"
 
 
 def _section(section: Section) -> str:
@@ -89,29 +124,33 @@ def _assumptions(report: Report) -> str:
     for name, each in report.assumptions.items():
         held = "exact" if each.low is None or each.high is None else f"{each.low:g} to {each.high:g}"
         source = each.source if each.read else f"{each.source}; unconfirmed"
-        rows.append((name, f"{each.value:g} {each.unit}".strip(), held, each.help, source))
-    return _table(("number", "value", "90% lie in", "what it is", "source"), rows)
+        value = f"{each.value:g} {each.unit}".strip()
+        rows.append((name, value, held, sensitivity(report, name), each.help, source))
+    return _table(("number", "value", "90% lie in", "which makes", "what it is", "source"), rows)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return "\n".join(
-        [*lines, *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)]
-    )
+    lines = [f"| {' | '.join(map(_plain, head))} |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *(f"| {' | '.join(map(_plain, row))} |" for row in rows)])
+
+
+def _plain(text: str) -> str:
+    """Text of one line that Markdown takes for no cell's end and no tag."""
+    return " ".join(text.replace("|", "\\|").replace("<", "\\<").split())
 
 
 def difference_markdown(found: Difference) -> str:
     """Two specs side by side as a Markdown document."""
     names = found.first.spec.name, found.second.spec.name
-    parts = [f"# {names[0]} and {names[1]}"]
+    parts = [f"# {_plain(names[0])} and {_plain(names[1])}"]
     if found.hours is not None:
         rows = ((each.name, f"{each.value:.3f}", each.told) for each in found.factors)
         factors = _table(("factor", "of device hours", "what it is"), rows)
         product = " x ".join(f"{each.value:.3f}" for each in found.factors)
-        told = f"{names[1]} takes {found.hours:.2f} times the device hours: {product}."
+        told = f"{_plain(names[1])} takes {found.hours:.2f} times the device hours: {product}."
         parts.append(f"{told}\n\n{factors}")
-    changes = ((each.what, each.where, each.first, each.second) for each in found.changes)
-    parts.append("## Structure\n\n" + _table(("", "", *names), changes))
+    changes = [(each.what, each.where, each.first, each.second) for each in found.changes]
+    parts.append("## Structure\n\n" + (_table(("", "", *names), changes) if changes else SAME))
     for title in dict.fromkeys(pair.section for pair in found.pairs):
         own = [pair for pair in found.pairs if pair.section == title]
         parts.append(f"## {title[:1].upper()}{title[1:]}\n\n" + _table(("", *names, "ratio"), map(_pair, own)))

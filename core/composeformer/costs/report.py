@@ -6,15 +6,15 @@ Every way of printing (a terminal, JSON, Markdown, a page) reads these sections;
 from collections.abc import Mapping
 from functools import cached_property
 
-from composeformer.costs import compute, memory
+from composeformer.costs import breakdown, compute, memory
 from composeformer.costs.counts import Counts, cost
-from composeformer.costs.economics import Assumption
+from composeformer.costs.economics import Assumption, Quantiles, Swing
 from composeformer.costs.folders import Checkpoint, checkpoint
 from composeformer.costs.layout import layout
-from composeformer.costs.pricing import Pricing
+from composeformer.costs.pricing import Pricing, Sensitivity
 from composeformer.costs.quantities import Quantity, Section, scaled
 from composeformer.costs.steps import Steps
-from composeformer.errors import one_of
+from composeformer.errors import InputError, one_of
 from composeformer.spec import Spec
 
 # Lengths that operations are told at, as far as the model goes.
@@ -23,10 +23,17 @@ BATCHES = (1, 64)
 
 
 class Report:
-    """The cost of one spec. Raises ComposeError where `[cost]` can not be."""
+    """The cost of one spec, operations at `context` tokens, draws from `seed`.
 
-    def __init__(self, spec: Spec, *, context: int | None = None) -> None:
-        self.spec = spec
+    Raises ComposeError where `[cost]` can not be, or for a context that is longer than the model's.
+    """
+
+    def __init__(self, spec: Spec, *, context: int | None = None, seed: int = 0) -> None:
+        self.spec, self.seed = spec, seed
+        longest = spec.model.max_position_embeddings
+        for name, length in (("context", context), ("cost.context", spec.cost.context)):
+            if length is not None and length > longest:
+                raise InputError(f"{name} = {length}: must be <= max_position_embeddings ({longest})")
         self.counts: Counts = cost(spec, context=context if context is not None else spec.cost.context)
         self.context = self.counts.flops_per_token.context
 
@@ -38,6 +45,16 @@ class Report:
     @cached_property
     def pricing(self) -> Pricing:
         return Pricing(self.spec, self.counts if self.spec.cost.context in (None, self.context) else None)
+
+    @cached_property
+    def roles(self) -> Mapping[str, int]:
+        """Parameters of every role, over all layers, the predictor's beside them."""
+        return breakdown.by_role(self.spec)
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """Parameters of each layer."""
+        return breakdown.by_layer(self.spec)
 
     @cached_property
     def folder(self) -> Checkpoint:
@@ -63,6 +80,33 @@ class Report:
             }
         return found
 
+    @cached_property
+    def ranges(self) -> Mapping[str, Quantiles]:
+        """5, 50 and 95% of every scope; empty where there is no price."""
+        return self.pricing.ranges(seed=self.seed) if self.is_priced else {}
+
+    @cached_property
+    def swings(self) -> list[Swing]:
+        """What each assumption that has a range makes of the development, the widest first."""
+        return self.pricing.tornado() if self.is_priced else []
+
+    @cached_property
+    def sensitivities(self) -> Mapping[str, Sensitivity]:
+        """What each assumption that has a range makes of the result that depends on it."""
+        return self.pricing.sensitivities() if self.is_priced else {}
+
+    def _least(self, told: str) -> str:
+        """The definition of a sum that lacks what components do not say."""
+        silent = self.counts.unknown
+        return f"at least, without what {one_of(silent)} computes; {told}" if silent else told
+
+    def _cached(self, value: float, told: str) -> Quantity:
+        """Bytes of cache, which are unknown where a mixer does not say what it keeps."""
+        if self.counts.caches_unknown:
+            told = f"{one_of(self.counts.unknown)}: the plugin does not say what is cached"
+            return Quantity(value=None, unit="bytes", definition=told)
+        return _count(value, "bytes", told)
+
     @property
     def assumptions(self) -> Mapping[str, Assumption]:
         """What the price depends on; empty where there is none."""
@@ -85,11 +129,10 @@ class Report:
             found["predictor"] = _count(counts.predictor, "parameters", "its own, beside the total")
         for name, number in counts.buffers.items():
             found[f"buffer {name}"] = _count(number, "elements", "saved and not trained")
-        found["cache of a token"] = _count(
-            counts.cache_bytes_per_token, "bytes", "two bytes an element, before any window is full"
-        )
+        told = "two bytes an element, before any window is full"
+        found["cache of a token"] = self._cached(counts.cache_bytes_per_token, told)
         at = f"one sequence of {self.context:,} tokens; windows hold their width"
-        found["cache of a sequence"] = _count(counts.cache_bytes_at_context, "bytes", at)
+        found["cache of a sequence"] = self._cached(counts.cache_bytes_at_context, at)
         return found
 
     def _folder(self) -> Section:
@@ -113,18 +156,18 @@ class Report:
             flops.forward, f"all components, {flops.convention}, at {self.context:,} tokens"
         )
         full = compute.total(compute.forward(self.spec, context=self.context, causal=False))
-        found["forward, full mask"] = _flops(full, "no product is left out under the mask")
-        found["training"] = _flops(flops.training, "three forwards, causal")
+        found["forward, full mask"] = _flops(full, self._least("no product is left out under the mask"))
+        found["training"] = _flops(flops.training, self._least("three forwards, causal"))
         if self.counts.predictor:
             found["training, with the predictor"] = _flops(
-                flops.training_with_predictor, "its parts, and what it runs again"
+                flops.training_with_predictor, self._least("its parts, and what it runs again")
             )
         longest = self.spec.model.max_position_embeddings
         for length in CONTEXTS:
             if self.context < length <= longest:
                 longer = 3 * compute.total(compute.forward(self.spec, context=length))
-                found[f"training at {length:,} tokens"] = _flops(longer, "three forwards, causal")
-        for name in compute.unknown(self.spec):
+                found[f"training at {length:,} tokens"] = _flops(longer, self._least("three forwards, causal"))
+        for name in self.counts.unknown:
             found[f"products of {name}"] = Quantity(
                 value=None, unit="FLOP", definition="its plugin does not say"
             )
@@ -135,13 +178,17 @@ class Report:
         for batch in BATCHES:
             each = compute.decode(self.spec, context=self.context, batch=batch)
             with_ = f"{batch} sequence{'s' if batch > 1 else ''} of {self.context:,} cached tokens"
-            found[f"operations, batch {batch}"] = _flops(each.operations, f"a token of each of {with_}")
+            found[f"operations, batch {batch}"] = _flops(
+                each.operations, self._least(f"a token of each of {with_}")
+            )
             found[f"weights read, batch {batch}"] = _count(
                 each.weight_bytes, "bytes", "of experts those chosen"
             )
-            found[f"cache read, batch {batch}"] = _count(each.cache_bytes, "bytes", with_)
+            found[f"cache read, batch {batch}"] = self._cached(each.cache_bytes, with_)
             found[f"intensity, batch {batch}"] = Quantity(
-                value=each.intensity, unit="FLOP/byte", definition="operations over bytes read"
+                value=None if self.counts.caches_unknown else each.intensity,
+                unit="FLOP/byte",
+                definition="operations over bytes read",
             )
         for name, intensity in compute.attention_intensity(self.spec).items():
             told = "operations over bytes, for each cached token"
@@ -233,14 +280,15 @@ class Report:
         return {
             "tokens": _count(price.tokens, "tokens", "of pre-training"),
             "operations": _flops(
-                run.operations, "tokens by training operations, causal, without a predictor"
+                run.operations,
+                self._least("tokens by training operations, causal, without a predictor"),
             ),
             "peak of a device": _flops(
                 peak.value, f"dense, {config.peak}, a second: {hardware.description}", peak.source, peak.read
             ),
             "hours of pre-training": _count(run.pretraining_hours, "device hours", given),
             "hours": _count(run.hours, "device hours", "with what follows: longer context, alignment"),
-            "days": _count(run.days, "days", f"on {config.gpus:,} devices"),
+            "days": _count(run.days, "days", f"of all these hours, on {config.gpus:,} devices"),
             "rent": _money(run.rent, "hours by the rate", of["rate"]),
             "owned instead": _money(
                 run.owned, f"at ${run.owned_rate:.2f} an hour, value falls as compute becomes cheaper"

@@ -141,11 +141,12 @@ class Steps:
         operations = moved = seconds = 0.0
         for name, linear in node.linears.items():
             form = formats.of(f"{node.path}.{name}", linear.weight, linear)
-            shared = self.placed.tensor if linear.shard in ("out", "in") else 1
+            # Devices that share maps share out a token's features, or the tokens themselves before experts.
+            shared = 1 if linear.shard is None else self.placed.tensor
             work = 3.0 * tokens * linear.flops / shared
             operations += work
             seconds += work / self._peak(form.compute)
-            spread = shared * (self.placed.expert if linear.shard == "group" else 1)
+            spread = self.placed.expert if linear.shard == "group" else shared
             moved += passes * linear.weight.elements / spread * BITS[form.compute] / 8
             moved += 3 * tokens * (linear.inputs + linear.outputs) * linear.active_groups * width / shared
         for core in (c for c in stated(node, "train") if isinstance(c, Core)):

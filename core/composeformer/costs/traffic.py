@@ -6,7 +6,8 @@ of it over the links between them, somewhere; the device there is the one that i
 
     gradients    reduced over replicas, once a step; with ZeRO the updated weights are gathered after it
     weights      gathered for each forward and backward pass, where replicas share them (ZeRO-3)
-    activations  summed over the devices that share a linear map, twice a sublayer in each direction
+    activations  summed over the devices that share a linear map, twice a sublayer in each direction; gathered from
+                 those among which tokens were shared out before experts
     stages       the residual stream, and its gradient back, for each token
 """
 
@@ -101,7 +102,8 @@ class Traffic:
                 whole.update(
                     config.expected(
                         moved,
-                        tokens=self.tokens,
+                        # Of devices that share maps, each sends a part of their tokens.
+                        tokens=-(-self.tokens // self.placed.tensor),
                         groups=groups.pop(),
                         ranks=self.placed.expert,
                         activation=int(activation_bytes(self.spec)),
@@ -157,6 +159,9 @@ class Traffic:
             moved += sum(
                 2 * size * linear.outputs for linear in node.linears.values() if linear.shard == "in"
             )
+            # Each has the experts' results of its part of the tokens: they are gathered, and so are gradients.
+            widths = {linear.inputs for linear in node.linears.values() if linear.shard == "group"}
+            moved += size * node.site.width if node.site.width in widths else 0.0
         yield self._ring("activations", moved, tensor)
 
     def _stages(self) -> Iterator[Sent]:

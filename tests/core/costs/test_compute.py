@@ -1,14 +1,19 @@
 """Operations by component sum to the totals, follow closed forms, and decoding's bytes are what is read."""
 
+from io import StringIO
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
+from composeformer.cli.cost_command import cost_table
 from composeformer.config import Config, config
-from composeformer.contracts import Component, Declared, Implementation, Linear
+from composeformer.contracts import SUBLAYERS, Component, Declared, Implementation, Linear
 from composeformer.costs import compute, cost
+from composeformer.costs.printing import document, markdown
+from composeformer.costs.report import Report
 from composeformer.errors import InputError
 from composeformer.plugins import current
 from composeformer.registry import PluginInfo, Registry
@@ -97,23 +102,53 @@ def test_bytes_follow_the_precision_that_is_stated() -> None:
 
 @config
 class Silent(Config):
-    """A mixer that says nothing of its cost."""
+    """A part that says nothing of its cost."""
 
     def tensors(self, site: Site) -> Any:
         declared: list[Declared] = [Linear(name="map", inputs=site.width, outputs=site.width)]
         return declared
 
 
-def test_a_mixer_that_states_no_cost_is_unknown_and_not_zero() -> None:
-    part = Component("mixer", "silent", Silent, (Implementation("reference", "never.imported:Module"),))
+def silent(slot: str) -> Spec:
+    """The tiny model with parts of one slot that state no cost."""
+    part = Component(slot, "silent", Silent, (Implementation("reference", "never.imported:Module"),))
     own = PluginInfo(
         name="own", distribution="own", version="1", origin="own", status="loaded", components=(part,)
     )
     registry = Registry((*current().registry.infos, own))
-    data = {**Spec.load("tiny-llama").to_dict(), "mixer": {"kind": "silent"}, "layers": [{"repeat": 2}]}
-    spec = Spec(inherit.resolve(from_data(data), None), registry)
-    assert compute.unknown(spec) == ("mixer silent",)
+    data = {**Spec.load("tiny-llama").to_dict(), slot: {"kind": "silent"}, "layers": [{"repeat": 2}]}
+    data["cost"] = {"tokens": 1e9}
+    return Spec(inherit.resolve(from_data(data), None), registry)
+
+
+@pytest.mark.parametrize("slot", SUBLAYERS)
+def test_a_sublayer_that_states_no_cost_is_unknown_and_not_zero(slot: str) -> None:
+    spec, name = silent(slot), f"{slot} silent"
+    assert compute.unknown(spec) == (name,)
     assert compute.unknown(Spec.load("tiny-llama")) == ()
+    found = Report(spec)
+    told = found.sections
+    assert told["operations of a token"][f"products of {name}"].value is None
+    # Sums that lack it say so, a price among them.
+    for section, key in (
+        ("operations of a token", "training"),
+        ("decoding", "operations, batch 1"),
+        ("run", "operations"),
+    ):
+        assert told[section][key].definition.startswith(f"at least, without what {name} computes"), key
+    made = document(found)
+    assert made["unknown"] == [name]
+    assert name in made["flops_per_token"]["convention"]
+    # What a feed-forward part computes is unknown; it caches nothing in any case.
+    cached = (made["cache_bytes_per_token"], made["cache_bytes_at_context"])
+    assert (cached == (None, None)) == (slot == "mixer")
+    assert (told["parameters"]["cache of a token"].value is None) == (slot == "mixer")
+    assert (told["decoding"]["intensity, batch 1"].value is None) == (slot == "mixer")
+    assert "unknown" in markdown(found)
+    screen = Console(file=StringIO(), width=200)
+    screen.print(cost_table(found.counts))
+    assert isinstance(screen.file, StringIO)
+    assert ("unknown" in screen.file.getvalue()) == (slot == "mixer")
 
 
 @pytest.mark.parametrize(("context", "batch"), [(0, 1), (1, 0), (-1, 1)])

@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from composeformer.cli import main
-from composeformer.costs.printing import document, markdown, shown
+from composeformer.costs import hardware
+from composeformer.costs.breakdown import alike
+from composeformer.costs.printing import document, markdown, money, shown
 from composeformer.costs.quantities import Quantity
 from composeformer.costs.report import Report
 from composeformer.spec import Spec
@@ -61,6 +64,93 @@ def test_markdown_has_every_number_and_assumption(report: Report) -> None:
             assert f"| {name} | {shown(quantity)} |" in text
     for name in report.assumptions:
         assert f"| {name} |" in text
+    for role, number in report.roles.items():
+        assert f"| {role} | {number:,} |" in text
+    for year in report.pricing.trend():
+        assert f"| {year.year} | {money(year.hardware)} |" in text
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "smollm2-135m", "tiny-deepseek-v3", "tiny-llama"])
+def test_roles_and_layers_sum_to_the_total(name: str) -> None:
+    found = Report(Spec.load(name))
+    counts = found.counts
+    assert sum(found.roles.values()) == counts.total + counts.predictor
+    ends = sum(n for role, n in found.roles.items() if not role.startswith(("layers.", "predictor.")))
+    assert sum(found.layers) + ends == counts.total
+    parameters = document(found)["parameters"]
+    assert (parameters["by_role"], parameters["by_layer"]) == (found.roles, found.layers)
+
+
+def test_layers_that_are_alike_are_told_together(report: Report) -> None:
+    dense = 3 * 7168 * 18432
+    attention = sum(n for role, n in report.roles.items() if role.startswith("layers.*.mixer")) // 61
+    assert alike(report.layers)[0] == (0, 2, attention + dense + 2 * 7168)
+    assert alike(report.layers)[1][:2] == (3, 60)
+    assert sum((b - a + 1) * each for a, b, each in alike(report.layers)) == sum(report.layers)
+
+
+def test_every_range_says_what_it_makes_of_what_depends_on_it(report: Report) -> None:
+    """People and compute of the development; devices and power of owning, that rent knows nothing of."""
+    found = report.sensitivities
+    assert set(found) == {name for name, each in report.assumptions.items() if each.low is not None}
+    assert found["salary"].of == found["rate"].of == "development"
+    assert found["gpu_price"].of == found["pue"].of == "run, owned instead"
+    assert found["life"].of == found["calendar"].of == "run, owned, straight line"
+    assert found["algorithmic_progress"].of == "run, a year later"
+    for name, each in found.items():
+        assert each.at_low != each.at_high, name
+    salary = next(swing for swing in report.swings if swing.name == "salary")
+    assert (found["salary"].at_low, found["salary"].at_high) == (salary.at_low, salary.at_high)
+
+
+def test_owning_has_a_range_beside_renting_and_both_hold_what_was_done_again(report: Report) -> None:
+    made = report.pricing.results(report.pricing.values)
+    run = report.pricing.run
+    assert made["run, rented"] / run.rent == pytest.approx(made["run, owned instead"] / run.owned)
+    for name, value in made.items():
+        assert report.ranges[name].p5 < value < report.ranges[name].p95
+
+
+def test_ranges_are_of_the_seed_that_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [
+        json.loads(run(monkeypatch, capsys, "cost", "deepseek-v3", "--json", "--seed", seed)[1])
+        for seed in ("0", "1", "1")
+    ]
+    assert [each["seed"] for each in found] == [0, 1, 1]
+    assert found[1] == found[2]
+    assert found[0]["ranges"] != found[1]["ranges"]
+    assert found[0]["sections"] == found[1]["sections"]
+
+
+ODD = "<script>alert(1)</script> [bold]x|[/nope]"
+
+
+def test_odd_names_break_no_form_of_a_report(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Brackets are markup in a terminal, bars end a cell in Markdown, tags run in a page: names are only names."""
+    profile = (Path(hardware.__file__).parents[1] / "hardware" / "h100.toml").read_text()
+    profile = profile.replace("Llama 3.1 model card: 700 W", ODD).replace("NVIDIA H100 SXM", ODD)
+    (tmp_path / "odd-hardware.toml").write_text(profile)
+    spec = tmp_path / "odd.toml"
+    told = json.dumps(ODD)
+    priced = f"[cost]\ntokens = 1e9\nhardware = {json.dumps(str(tmp_path / 'odd-hardware.toml'))}\n"
+    spec.write_text(f'extends = "tiny-llama"\nname = {told}\n{priced}')
+    code, out, err = run(monkeypatch, capsys, "cost", str(spec))
+    assert (code, err) == (0, "")
+    assert f"{ODD}: cost" in out
+    assert json.loads(run(monkeypatch, capsys, "cost", str(spec), "--json")[1])["name"] == ODD
+    text = run(monkeypatch, capsys, "cost", str(spec), "--markdown")[1]
+    assert "<script>" not in text.replace("\\<", "")
+    rows = [line.replace("\\|", "") for line in text.splitlines() if line.startswith("| ")]
+    assert all(line.endswith(" |") for line in rows)
+    page = tmp_path / "page.html"
+    assert run(monkeypatch, capsys, "cost", str(spec), "--html", str(page))[0] == 0
+    assert "<script>" not in page.read_text()
+    assert run(monkeypatch, capsys, "diff", str(spec), "tiny-llama")[0] == 0
+    assert run(monkeypatch, capsys, "diff", str(spec), str(spec))[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -97,7 +187,7 @@ def test_the_command_prints_every_form(
     assert run(monkeypatch, capsys, "cost", "deepseek-v3", "--markdown")[:2] == (0, markdown(report))
     code, out, _ = run(monkeypatch, capsys, "cost", "deepseek-v3")
     assert code == 0
-    for told in ("249.8 GFLOP", "$5.58M", "38.94%", "what it depends on most"):
+    for told in ("249.8 GFLOP", "$5.58M", "38.94%", "what it depends on", "the rent of the same run"):
         assert told in out
     code, out, _ = run(monkeypatch, capsys, "cost", "tiny-llama")
     assert "to price a run, state cost.tokens" in out
@@ -106,9 +196,28 @@ def test_the_command_prints_every_form(
     assert "choose one" in err
 
 
+@pytest.mark.parametrize("command", [("cost", "tiny-llama"), ("diff", "deepseek-v3", "tiny-llama")])
+def test_a_context_beyond_the_models_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    told = "compose: context = 513: must be <= max_position_embeddings (512)\n"
+    assert run(monkeypatch, capsys, *command, "--context", "513") == (2, "", told)
+    assert run(monkeypatch, capsys, *command, "--context", "512")[0] == 0
+
+
+def test_a_stated_context_beyond_the_models_is_told_without_a_price_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(monkeypatch, capsys, "cost", "tiny-llama", "--set", "cost.context=513")
+    assert (code, out) == (2, "")
+    assert err == "compose: cost.context = 513: must be <= max_position_embeddings (512)\n"
+
+
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
+        ("cost.tokens=1e300", "cost.tokens = 1e+300: must be between"),
+        ("parallel.pipeline=61", "parallel.pipeline = 61: must be even under the schedule dualpipe"),
         ("cost.hardware=h101", "hardware h101: must be a path or one of"),
         ("cost.gpus=0", "cost.gpus = 0: must be >= 1"),
         ("cost.tokens=-5", "cost.tokens = -5: must be > 0"),

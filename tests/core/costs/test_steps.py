@@ -102,6 +102,38 @@ def test_devices_that_share_maps_sum_their_outputs() -> None:
     assert sent["activations"].link == "intra"
 
 
+def test_devices_that_share_maps_share_out_tokens_before_experts() -> None:
+    """None computes an expert for a token that another does, or sends it: half each, and results are gathered."""
+    run = ["train.batch_size=2", "train.sequence_length=8", "comm.kind=collective", "comm.ranks_per_node=2"]
+    one, two = (
+        Spec.load("tiny-moe", [*run, f"parallel.tensor={n}", f"cost.gpus={2 * n}", "parallel.expert=2"])
+        for n in (1, 2)
+    )
+    alone, both = (Steps(spec, layout(spec), H800)._stage(0) for spec in (one, two))
+    assert alone.traffic.tokens == 8
+    whole = Spec.load("tiny-moe", ["parallel.tensor=1", "cost.gpus=1", *run])
+    single = Steps(whole, layout(whole), H800)._stage(0).roofs["ffn moe"].operations
+    assert alone.roofs["ffn moe"].operations == pytest.approx(single / 2)
+    assert both.roofs["ffn moe"].operations == pytest.approx(single / 4)
+
+    def sent(found: Traffic, purpose: str) -> float:
+        return sum(each.bytes for each in found.sent if each.purpose == purpose)
+
+    assert sent(alone.traffic, "activations") == 0
+    per_map = 2 * (8 * 64 * 2) * 2 * (1 / 2)
+    layers = len(two.layers)
+    # Attention's output, forward and backward; half of an all-reduce for the experts' results, forward and backward.
+    assert sent(both.traffic, "activations") == layers * (per_map + per_map / 2)
+
+
+@given(st.integers(3, 61).filter(lambda stages: stages % 2 == 1))
+@settings(max_examples=5, deadline=None)
+def test_dualpipe_has_two_directions_of_as_many_stages(stages: int) -> None:
+    spec = Spec.load("deepseek-v3", [f"parallel.pipeline={stages}", f"cost.gpus={stages * 64}"])
+    with pytest.raises(InputError, match=f"parallel.pipeline = {stages}: must be even under the schedule dualpipe"):
+        layout(spec)
+
+
 def test_a_middle_stage_sends_both_ways_and_an_end_one() -> None:
     spec = Spec.load("tiny-llama", ["parallel.pipeline=3", "train.batch_size=2", "train.sequence_length=16"])
     found = [
