@@ -11,6 +11,11 @@ def test_spec_reference_agrees_with_the_configs() -> None:
     assert (DOCS / "spec.md").read_text(encoding="utf-8") == made, "run: python docs/make_spec_reference.py"
 
 
+def test_page_of_laws_agrees_with_the_laws() -> None:
+    made = runpy.run_path(str(DOCS / "make_laws_reference.py"))["page"]()
+    assert (DOCS / "laws.md").read_text(encoding="utf-8") == made, "run: python docs/make_laws_reference.py"
+
+
 def test_every_file_of_the_tour_exists() -> None:
     core = DOCS.parent / "core" / "composeformer"
     names = {path.name for path in core.rglob("*")} | {p.name for p in (DOCS.parent / "plugins").rglob("*")}
