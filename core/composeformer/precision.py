@@ -69,7 +69,7 @@ class Formats:
         self.rules: Sequence[Rule] = getattr(policy.config, "rules", ())
         self._codecs: dict[str, Any] = {}
 
-    @property
+    @cached_property
     def activations(self) -> str:
         """The dtype of the residual stream and of what mixers cache."""
         with blame(self._registry, self.policy, "precision", "its activations"):

@@ -1,15 +1,17 @@
 """Numbers in words and tables: how a quantity is written, and a report as Markdown and as plain data."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from composeformer.costs.breakdown import alike
-from composeformer.costs.difference import Difference, Pair
 from composeformer.costs.economics import Quantiles
 from composeformer.costs.quantities import Quantity, Section, scaled
 from composeformer.costs.report import Report
+
+if TYPE_CHECKING:
+    from composeformer.costs.difference import Difference, Pair
 
 SAME = "The two have the same parts with the same fields."
 _MONEY = ((1e9, "B"), (1e6, "M"), (1e3, "K"))
@@ -139,7 +141,7 @@ def _plain(text: str) -> str:
     return " ".join(text.replace("|", "\\|").replace("<", "\\<").split())
 
 
-def difference_markdown(found: Difference) -> str:
+def difference_markdown(found: "Difference") -> str:
     """Two specs side by side as a Markdown document."""
     names = found.first.spec.name, found.second.spec.name
     parts = [f"# {_plain(names[0])} and {_plain(names[1])}"]
@@ -157,6 +159,6 @@ def difference_markdown(found: Difference) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _pair(pair: Pair) -> list[str]:
+def _pair(pair: "Pair") -> list[str]:
     values = ["" if each is None else shown(each) for each in (pair.first, pair.second)]
     return [pair.name, *values, "" if pair.ratio is None else f"{pair.ratio:.3g}"]
