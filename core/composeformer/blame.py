@@ -13,12 +13,14 @@ from composeformer.registry import Registry
 
 @contextmanager
 def blame(registry: Registry, part: Part | Component, path: str, what: str) -> Iterator[None]:
-    """Turns any exception but a ComposeError into one PluginError: `what` of `part` at `path` raised it."""
+    """Turns any exception but a ComposeError into one PluginError: `what` of `part` at `path` raised it. A SystemExit
+    is no exception to that: a part has no say in how a run ends.
+    """
     try:
         yield
     except ComposeError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         told = " ".join(str(error).split())[:400]
         cause = f"{type(error).__name__}: {told}" if told else type(error).__name__
         raise PluginError(f"{described(registry, part, path)}: {what}: {cause}") from error

@@ -1,5 +1,9 @@
 """`compose plugins check`: a plugin's components tried against the laws of their slots. Exit 1 where one is broken."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -33,7 +37,7 @@ def command(
     tried = [each for each in every if slot in (None, each.slot)]
     total = 1 if only else sum(len(laws_to_try(each)) for each in tried)
     findings = []
-    with progress("laws") as advance:
+    with _nothing_left(), progress("laws") as advance:
         for finding in certify(tried, examples=examples, seed=seed, only=only) if only != NAMES else ():
             findings.append(finding)
             advance(len(findings), total)
@@ -48,6 +52,22 @@ def command(
     else:
         _print(plugin, certificate)
     return 1 if certificate.broken else 0
+
+
+@contextmanager
+def _nothing_left() -> Iterator[None]:
+    """What hypothesis keeps is kept where the user says, or not at all: a report leaves no folder behind."""
+    from hypothesis.configuration import set_hypothesis_home_dir
+
+    if "HYPOTHESIS_STORAGE_DIRECTORY" in os.environ:
+        yield
+        return
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        set_hypothesis_home_dir(folder)
+        try:
+            yield
+        finally:
+            set_hypothesis_home_dir(None)
 
 
 def _print(plugin: str, certificate: Any) -> None:

@@ -37,11 +37,13 @@ def command(name: str, slot: str, kind: str | None, output: str | None, as_json:
             }
         )
         return
+    from shlex import quote
+
     lines = [
         f"{created.folder}: the {slot} {names.kind}, {created.code_lines} lines in {names.package}/plugin.py and "
         f"{names.package}/module.py",
-        f"  pip install -e {created.folder}",
-        f"  compose build {created.folder}/example.toml",
+        f"  pip install -e {quote(str(created.folder))}",
+        f"  compose build {quote(f'{created.folder}/example.toml')}",
         f"  compose plugins check {names.distribution}",
     ]
     for line in lines:

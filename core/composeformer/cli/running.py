@@ -66,6 +66,11 @@ def _command() -> int:
             found = compose.invoke(context)
     except click.exceptions.Exit as ended:
         return ended.exit_code
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        # A plugin's own sys.exit: its status would say of this command what is not so.
+        return _failed(error)
     return found if isinstance(found, int) else 0
 
 
@@ -75,7 +80,7 @@ def told(error: OSError) -> str:
     return reason if error.filename is None else f"{error.filename}: {reason}"
 
 
-def _failed(error: Exception) -> int:
+def _failed(error: BaseException) -> int:
     from composeformer.errors import ComposeError
 
     if isinstance(error, ComposeError):

@@ -118,13 +118,16 @@ class _Trial:
         case = ModelCase(self.tried, draw) if isinstance(self.tried, Models) else Case(self.tried, draw)
         try:
             self.law.run(case)
-        except Exception as error:
+        except BaseException as error:
             if _says_nothing(error):
                 raise
             self.cases += self.failure is None
             self.failure = draw.values, error, _spec(case)
             self.error, self.bound = case.error, case.bound
-            raise
+            if isinstance(error, Exception):
+                raise
+            # A part's own sys.exit would end the run, and with a status that says that all is well.
+            raise LawBroken(_line(error)) from error
         self.cases += self.failure is None
         if (case.error or case.bound) and case.error * self.bound >= self.error * case.bound:
             self.error, self.bound = case.error, case.bound
@@ -247,16 +250,16 @@ def poisoned() -> Iterator[None]:
         memory.fill_uninitialized_memory = filled
 
 
-def _says_nothing(error: Exception) -> bool:
-    """Whether an exception is hypothesis's own way to end a case."""
-    return type(error).__module__.startswith("hypothesis")
+def _says_nothing(error: BaseException) -> bool:
+    """Whether an exception is hypothesis's own way to end a case, or the user's to end all."""
+    return isinstance(error, KeyboardInterrupt) or type(error).__module__.startswith("hypothesis")
 
 
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, LawBroken | ComposeError):
         return text
-    return f"raised {type(error).__name__}: {text}"
+    return f"raised {type(error).__name__}: {text}" if text else f"raised {type(error).__name__}"
 
 
 def _spec(case: Case) -> str | None:

@@ -4,7 +4,7 @@ A strategy, named in `Component.strategy`, draws tables of one kind without the 
 table gives it parts with `completed`. Without a strategy every field is drawn within its limits, small.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from math import isfinite
 from typing import Any
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from composeformer import lazy
 from composeformer.config import LAYER, FieldFacts, facts_of
 from composeformer.contracts import Component
-from composeformer.errors import InputError
+from composeformer.errors import InputError, show
 
 Table = dict[str, Any]
 
@@ -24,11 +24,11 @@ DEEPEST = 3  # parts within parts within parts
 
 @cache
 def tables(component: Component) -> "st.SearchStrategy[Table]":
-    """Tables of a component without its parts. Raises InputError where a field can not be drawn without a strategy."""
+    """Tables of a component without its parts. Raises InputError where a field can not be drawn without a strategy, and
+    where the strategy is none, or draws what is no table of that kind.
+    """
     if component.strategy is not None:
-        found = lazy.load(component.strategy)
-        made: st.SearchStrategy[Table] = found if isinstance(found, st.SearchStrategy) else found()
-        return made
+        return _stated(component, component.strategy)
     fixed: dict[str, st.SearchStrategy[Any]] = {"kind": st.just(component.kind)}
     more: dict[str, st.SearchStrategy[Any]] = {}
     for name, fact in facts_of(component.config).items():
@@ -63,6 +63,27 @@ def completed(
 def whole_tables(draw: st.DrawFn, component: Component, pool: Sequence[Component], depth: int = 0) -> Table:
     """Tables of a component with all its parts in them."""
     return draw(completed(draw(tables(component)), component, pool, depth))
+
+
+def _stated(component: Component, name: str) -> "st.SearchStrategy[Table]":
+    """The component's own strategy, which answers for what it draws."""
+    who = f"{component.slot} {component.kind}: strategy {name!r}"
+    try:
+        found = lazy.load(name)
+        made = found() if callable(found) else found
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{who}: raised {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if not isinstance(made, st.SearchStrategy):
+        raise InputError(f"{who}: is {type(made).__name__}; must be a strategy of hypothesis, or a function of one")
+
+    def checked(table: Any) -> Table:
+        if not isinstance(table, Mapping):
+            raise InputError(f"{who}: draws {show(table)}; must draw tables, with 'kind' = {component.kind!r}")
+        if table.get("kind") != component.kind:
+            raise InputError(f"{who}: draws kind = {show(table.get('kind'))}; must be {component.kind!r}")
+        return dict(table)
+
+    return made.map(checked)
 
 
 def _values(component: Component, fact: FieldFacts) -> "st.SearchStrategy[Any]":

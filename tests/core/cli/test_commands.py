@@ -158,6 +158,15 @@ def test_check_tells_all_problems_of_all_files(compose: Any, tmp_path: Path) -> 
     assert [entry["valid"] for entry in found] == [False, True]
 
 
+def test_a_plugin_that_ends_the_process_ends_no_command_as_if_it_were_done(
+    compose: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("composeformer.costs.report.cost", lambda *_, **__: sys.exit(0))
+    code, out, err = compose("cost", "tiny-llama")
+    assert (code, out) == (70, "")
+    assert err.strip() == "compose: internal error: SystemExit: 0 (--debug shows the traceback)"
+
+
 def test_internal_error_is_one_line_and_exit_70(compose: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a bug\nof ours")

@@ -3,6 +3,7 @@
 import json
 import keyword
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,13 @@ def test_words_for_people_name_the_next_steps(tmp_path: Path) -> None:
         "compose plugins check my-mixer",
     ]
     assert files(tmp_path) == {f"here/new/{name}" for name in WHOLE}
+
+
+def test_the_next_steps_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
+    done = compose(tmp_path, "my-mixer", "--slot", "mixer", "-o", "a folder/$new")
+    steps = [shlex.split(line) for line in done.stdout.splitlines()[1:]]
+    assert steps[0][-1] == "a folder/$new"
+    assert (tmp_path / steps[1][-1]).is_file()
 
 
 def test_a_folder_with_anything_in_it_is_never_touched(tmp_path: Path) -> None:

@@ -87,6 +87,14 @@ def test_a_certificate_as_json_is_one_document(compose: Any) -> None:
     assert "replay(" in wrong["counterexample"]
 
 
+def test_a_report_leaves_no_folder_where_it_was_asked(
+    compose: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert compose("plugins", "check", "averages", "--law", "mixer.causal", "--examples", "2")[0] == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_right_exits_with_zero(compose: Any) -> None:
     code, out, _ = compose("plugins", "check", "mtp", "--law", "mixer.causal")
     assert code == 2, "no law of mixers is for a predictor"
