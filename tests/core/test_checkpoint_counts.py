@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 import composeformer as cf
-from composeformer.costs import checkpoint
+from composeformer.costs import Checkpoint, checkpoint
+from composeformer.costs.folders import by_precision
 from composeformer.dialects import find
 from composeformer.folder import WeightReader
 from composeformer.formats import BITS
@@ -89,3 +90,30 @@ finally:
     found = json.loads(done.stdout)["checkpoint"]
     assert found == checkpoint("tiny-deepseek-v3").to_dict()
     assert found["bytes"] == 4 * found["elements"]
+
+
+def test_every_precision_has_a_folder_of_its_own_bytes() -> None:
+    """The released form among them; scales are elements too, so only forms without any have as many as the model."""
+    spec = Spec.load("tiny-deepseek-v3")
+    found = by_precision(spec)
+    released = found["fp8-block, weights = float8_e4m3fn"]
+    assert released == checkpoint(spec.with_(precision=RELEASED))
+    assert set(spec.registry.kinds("precision")) <= {name.partition(",")[0] for name in found}
+    for name, each in found.items():
+        assert isinstance(each, Checkpoint), name
+        assert each.elements == sum(each.by_dtype.values())
+        assert each.bytes == sum(BITS[dtype] * n // 8 for dtype, n in each.by_dtype.items())
+    full, half = found["full"], found["full, dtype = bfloat16"]
+    assert isinstance(full, Checkpoint)
+    assert isinstance(half, Checkpoint)
+    assert isinstance(released, Checkpoint)
+    assert full.elements == half.elements < released.elements
+    assert full.bytes - half.bytes == 2 * half.by_dtype["bfloat16"]
+
+
+def test_the_command_tells_the_folder_in_every_precision() -> None:
+    command = [sys.executable, "-m", "composeformer", "cost", "tiny-deepseek-v3", "--precisions", "--json"]
+    made = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    told = made["sections"]["folder by precision"]
+    assert told["full"]["value"] == 4 * made["checkpoint"]["elements"]
+    assert "float8_e4m3fn" in told["fp8-block, weights = float8_e4m3fn"]["definition"]

@@ -22,6 +22,9 @@ from composeformer.cli.options import SPEC, SPEC_HELP, big, console, json_option
     "--html", type=click.Path(path_type=Path), help="Write a page with plots here; it needs nothing else."
 )
 @click.option(
+    "--precisions", is_flag=True, help="The folder's bytes and dtypes in every precision; takes seconds."
+)
+@click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws behind ranges."
 )
 @json_option
@@ -31,6 +34,7 @@ def command(
     context: int | None,
     as_markdown: bool,
     html: Path | None,
+    precisions: bool,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -40,7 +44,7 @@ def command(
 
     if as_json and as_markdown:
         raise click.UsageError("--json and --markdown are two documents; choose one")
-    report = Report(Spec.load(spec, settings), context=context, seed=seed)
+    report = Report(Spec.load(spec, settings), context=context, seed=seed, precisions=precisions)
     if html is not None:
         from composeformer.costs.page import page
 

@@ -11,8 +11,9 @@ from math import prod
 
 import attrs
 
+from composeformer.config import facts_of
 from composeformer.dialects import Transfer, expressing
-from composeformer.errors import DialectError
+from composeformer.errors import ComposeError, DialectError
 from composeformer.formats import BITS
 from composeformer.spec import Spec
 
@@ -42,6 +43,30 @@ def checkpoint(spec: "Spec | str") -> Checkpoint:
             "native", ((weight.dtype, weight.elements, 1) for weight in spec.formats.stored.values())
         )
     return _counted(dialect.name, _written(dialect.rules(spec), spec))
+
+
+def by_precision(spec: Spec) -> dict[str, Checkpoint | ComposeError]:
+    """The folder under every precision that there is, by its kind and what of its fields makes another; or why a
+    precision can not be this model's. Those that need a field stated are left out.
+    """
+    found: dict[str, Checkpoint | ComposeError] = {}
+    for kind in spec.registry.kinds("precision"):
+        facts = facts_of(spec.registry.get("precision", kind).config).values()
+        if any(fact.required for fact in facts):
+            continue
+        fields = [{}, *({f.name: each} for f in facts for each in f.choices or () if each != f.default)]
+        seen: list[Mapping[str, int]] = []
+        for changed in fields:
+            name = ", ".join([kind, *(f"{field} = {value}" for field, value in changed.items())])
+            try:
+                made = checkpoint(spec.with_(precision={"kind": kind, **changed}))
+            except ComposeError as error:
+                found[name] = error
+                continue
+            if made.by_dtype not in seen:
+                seen.append(made.by_dtype)
+                found[name] = made
+    return found
 
 
 def _written(transfers: list[Transfer], spec: Spec) -> Iterator[tuple[str | None, int, int]]:

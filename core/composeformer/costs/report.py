@@ -9,7 +9,7 @@ from functools import cached_property
 from composeformer.costs import breakdown, compute, memory
 from composeformer.costs.counts import Counts, cost
 from composeformer.costs.economics import Assumption, Quantiles, Swing
-from composeformer.costs.folders import Checkpoint, checkpoint
+from composeformer.costs.folders import Checkpoint, by_precision, checkpoint
 from composeformer.costs.layout import layout
 from composeformer.costs.pricing import Pricing, Sensitivity
 from composeformer.costs.quantities import Quantity, Section, scaled
@@ -23,13 +23,15 @@ BATCHES = (1, 64)
 
 
 class Report:
-    """The cost of one spec, operations at `context` tokens, draws from `seed`.
+    """The cost of one spec, operations at `context` tokens, draws from `seed`; with `precisions` its folder in each.
 
     Raises ComposeError where `[cost]` can not be, or for a context that is longer than the model's.
     """
 
-    def __init__(self, spec: Spec, *, context: int | None = None, seed: int = 0) -> None:
-        self.spec, self.seed = spec, seed
+    def __init__(
+        self, spec: Spec, *, context: int | None = None, seed: int = 0, precisions: bool = False
+    ) -> None:
+        self.spec, self.seed, self.precisions = spec, seed, precisions
         longest = spec.model.max_position_embeddings
         for name, length in (("context", context), ("cost.context", spec.cost.context)):
             if length is not None and length > longest:
@@ -66,6 +68,7 @@ class Report:
         found: dict[str, Section] = {
             "parameters": self._parameters(),
             "folder": self._folder(),
+            **({"folder by precision": self._folders()} if self.precisions else {}),
             "operations of a token": self._operations(),
             "decoding": self._decoding(),
             "memory of a device": self._memory(),
@@ -137,13 +140,25 @@ class Report:
 
     def _folder(self) -> Section:
         folder = self.folder
-        names = "its own names" if folder.dialect == "native" else f"the names of {folder.dialect}"
         found = {
-            "tensors": _count(folder.tensors, "tensors", f"under {names}, copies and scales included"),
+            "tensors": _count(
+                folder.tensors, "tensors", f"under {_names(folder)}, copies and scales included"
+            ),
             "elements": _count(folder.elements, "elements", "of all tensors"),
             "bytes": _count(folder.bytes, "bytes", "without file headers"),
         }
         return found | {f"in {dtype}": _count(n, "elements", "") for dtype, n in folder.by_dtype.items()}
+
+    def _folders(self) -> Section:
+        found = {}
+        for name, each in by_precision(self.spec).items():
+            if isinstance(each, Checkpoint):
+                split = ", ".join(f"{count:,} {dtype}" for dtype, count in each.by_dtype.items())
+                told = f"{each.elements:,} elements under {_names(each)}: {split}"
+                found[name] = _count(each.bytes, "bytes", told)
+            else:
+                found[name] = Quantity(value=None, unit="bytes", definition=str(each))
+        return found
 
     def _operations(self) -> Section:
         told = "forward, causal, matrix products; routers left out"
@@ -339,6 +354,10 @@ class Report:
             "price of the devices": _money(year.devices_price, "devices alone"),
             "price of the cluster": _money(year.cluster_price, "servers and network included"),
         }
+
+
+def _names(folder: Checkpoint) -> str:
+    return "its own names" if folder.dialect == "native" else f"the names of {folder.dialect}"
 
 
 def _count(value: float, unit: str, definition: str, source: str = "", read: bool = True) -> Quantity:
