@@ -271,3 +271,21 @@ def norm_eps_is_not_read() -> Iterator[None]:
 
     with replaced("composeformer_dense.norms:LayerNorm.__init__", wrong):
         yield
+
+
+@mutant(
+    "up-is-kept-and-not-told",
+    "ffn",
+    "swiglu",
+    "the product of a gate and a map keeps both, and only the gate is told",
+    source="estimates of activation memory that count the inputs of linear maps alone",
+)
+def up_is_kept_and_not_told() -> Iterator[None]:
+    def wrong(cost: Any) -> Any:
+        def told(self: Any, site: Any, phase: Any) -> Any:
+            return [each for each in cost(self, site, phase) if each.name != "up"]
+
+        return told
+
+    with replaced("composeformer_dense.configs.ffn:SwiGLU.cost", wrong):
+        yield

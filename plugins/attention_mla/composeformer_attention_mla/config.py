@@ -11,6 +11,7 @@ from composeformer.config import Config, config, field, part
 from composeformer.contracts import Cache, Core, Cost, Declared, Linear, Normal, Part, Phase, Saved
 from composeformer.conventions import Convention, Order, after, exchanged, gathered
 from composeformer.errors import Problem
+from composeformer.formats import BITS
 from composeformer.site import Site
 
 
@@ -132,10 +133,11 @@ class MLA(Config):
         yield Cache(name="latent and rotary key", per_token=per_token, window=self.window)
         if phase == "train":
             yield Saved(name="input", inputs=("kv_a", "q" if self.q_lora_rank is None else "q_a"))
-            yield from self._kept()
+            # A norm of fp32 latents keeps the very tensor that also has the rotary key.
+            yield from self._kept(whole=BITS[site.spec.formats.activations] >= BITS["float32"])
             yield Saved(name="mixed", inputs=("o",))
 
-    def _kept(self) -> Iterable[Saved]:
+    def _kept(self, whole: bool) -> Iterable[Saved]:
         """Between the first maps and the last. What is made of latents is made of them again: arXiv 2412.19437, section
         3.2.3. It needs the rotary key, too.
         """
@@ -144,9 +146,11 @@ class MLA(Config):
         if queries is not None:
             yield Saved(name="latent of queries", inputs=("q_b",), recompute=queries)
         yield Saved(name="latent", inputs=("kv_b",), implementations=written, recompute="none")
-        yield Saved(
-            name="rotary key", elements=self.qk_rope_head_dim, implementations=written, recompute="selective"
-        )
+        key = self.qk_rope_head_dim
+        if whole:
+            yield Saved(name="rotary key", elements=key)
+        else:
+            yield Saved(name="rotary key", elements=key, implementations=written, recompute="selective")
         yield from self._expanded(queries)
         yield from self._reference(queries)
         yield from self._absorbed(queries)
@@ -200,7 +204,7 @@ class MLA(Config):
                 recompute=recompute,
             )
         yield Saved(name="latent", elements=rank, dtype="float32", implementations=only)
-        yield Saved(name="rotary key", elements=rope, dtype="float32", implementations=only)
+        yield Saved(name="turned key", elements=rope, dtype="float32", implementations=only)
         yield Saved(name="scores", per_key=heads, dtype="float32", shard=True, implementations=only)
 
     def conventions(self, site: Site) -> Iterable[Convention]:
