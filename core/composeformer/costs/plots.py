@@ -34,7 +34,8 @@ class Line:
 
 def bars(rows: Sequence[Bar], *, log: bool = False) -> str:
     """Horizontal bars, one for each row, on one scale; logarithmic where `log` is set and all are above zero."""
-    ends = [end for row in rows for end in (row.low, row.high) if not log or end > 0]
+    ends = [end for row in rows for end in (row.low, row.high, row.mark) if end is not None]
+    log = log and min(ends, default=0.0) > 0
     low, high = (min(ends), max(ends)) if log else (min([0.0, *ends]), max([0.0, *ends]))
     span = (log10(high) - log10(low) if log else high - low) or 1.0
 

@@ -1,7 +1,8 @@
 """How long an optimizer step takes at least: a roofline by component, communication, a pipeline's bubble.
 
-A component computes at the peak of the dtype that its maps are multiplied in, or as fast as what it reads and writes
-passes through memory, whichever is slower; a training step is three forward passes. A pipeline of P stages idles for
+A component computes at the peak of the dtype that its maps are multiplied in (wider ones at that of bfloat16: a bound
+that plain float32 does not reach), or as fast as what it reads and writes passes through memory, whichever is slower; a
+training step is three forward passes. A pipeline of P stages idles for
 
     1F1B                   (P - 1) (F + B)
     zero-bubble (ZB1P)     (P - 1) (F + B - 2 W)
@@ -17,7 +18,7 @@ from functools import cached_property
 import attrs
 
 from composeformer.contracts import Core, Uses
-from composeformer.costs.compute import activation_bytes, component
+from composeformer.costs.compute import UNSTATED, activation_bytes, component
 from composeformer.costs.counts import stated
 from composeformer.costs.hardware import Hardware
 from composeformer.costs.layout import Layout
@@ -27,7 +28,8 @@ from composeformer.formats import BITS
 from composeformer.plan import Node
 from composeformer.spec import Spec
 
-SPEED = {"float8_e4m3fn": "float8_e4m3fn", "float8_e5m2": "float8_e4m3fn", "int8": "int8"}
+# Dtypes that are as fast as another, or no faster: matrix units take float32 in parts of 16 bits, at the best.
+SPEED = {"float8_e5m2": "float8_e4m3fn", "float32": "bfloat16", "float64": "bfloat16"}
 
 
 @attrs.frozen(kw_only=True)
@@ -136,7 +138,7 @@ class Steps:
 
     def _roof(self, node: Node, tokens: int) -> Roof:
         """Three forward passes: in each micro-batch a map reads its weights and its rows, and writes its results."""
-        formats, width = self.spec.formats, activation_bytes(self.spec)
+        formats, width, known = self.spec.formats, activation_bytes(self.spec), self._is_stated
         passes = 3 * self.spec.train.micro_batches
         operations = moved = seconds = 0.0
         for name, linear in node.linears.items():
@@ -147,12 +149,13 @@ class Steps:
             operations += work
             seconds += work / self._peak(form.compute)
             spread = self.placed.expert if linear.shard == "group" else shared
-            moved += passes * linear.weight.elements / spread * BITS[form.compute] / 8
+            size = BITS[form.compute] / 8 if known else UNSTATED
+            moved += passes * linear.weight.elements / spread * size
             moved += 3 * tokens * (linear.inputs + linear.outputs) * linear.active_groups * width / shared
         for core in (c for c in stated(node, "train") if isinstance(c, Core)):
             work = 3.0 * tokens * core.flops(self.spec.train.sequence_length, True) / self.placed.tensor
             operations += work
-            seconds += work / self._peak(self.spec.cost.peak)
+            seconds += work / self._peak(formats.activations)
         return Roof(
             operations=operations,
             bytes=moved,
@@ -160,8 +163,15 @@ class Steps:
             memory_seconds=moved / self.hardware.bandwidth.value,
         )
 
+    @property
+    def _is_stated(self) -> bool:
+        """Whether the spec says in which dtypes it is computed."""
+        return "precision" in self.spec.document.data
+
     def _peak(self, dtype: str) -> float:
-        """The peak of what is multiplied in a dtype: that of `cost.peak` where the hardware names no faster one."""
-        named = SPEED.get(dtype, self.spec.cost.peak)
+        """The peak of what is multiplied in a dtype; that of `cost.peak` where the spec states no precision, or the
+        hardware names no peak of it.
+        """
+        named = SPEED.get(dtype, dtype) if self._is_stated else self.spec.cost.peak
         peaks = self.hardware.peaks
         return peaks[named].value if named in peaks else self.hardware.peak(self.spec.cost.peak).value

@@ -108,3 +108,19 @@ def test_the_command_writes_the_page(
         main()
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_bars_from_nothing_are_on_a_plain_scale_and_none_are_no_error() -> None:
+    """A logarithm has no place for zero."""
+    rows = [
+        Bar(name="none", low=0.0, high=0.0, told="$0"),
+        Bar(name="some", low=1.0, high=4.0, told="$4", mark=2.0),
+    ]
+    drawn = ElementTree.fromstring(bars(rows, log=True))
+    widths = [float(each.attrib["width"]) for each in drawn if each.tag == "rect"]
+    assert widths == [1.0, pytest.approx(0.75 * (WIDTH - LEFT - RIGHT), abs=0.1)]
+    ElementTree.fromstring(bars([], log=True))
+
+
+def test_a_page_of_a_run_without_people_is_drawn() -> None:
+    assert "$0.00" in page(Report(Spec.load("deepseek-v3", ["cost.headcount=0"])))

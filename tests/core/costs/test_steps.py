@@ -171,6 +171,30 @@ def test_narrow_formats_are_multiplied_at_their_own_peak() -> None:
     assert narrow.compute_seconds == pytest.approx(wide.compute_seconds / 2)
 
 
+@pytest.mark.parametrize("peak", ["bfloat16", "float8_e4m3fn"])
+def test_each_dtype_has_its_own_peak_whatever_utilisation_is_measured_against(peak: str) -> None:
+    """Attention in bfloat16 is no faster for a peak of FP8, and FP8 no slower for one of bfloat16."""
+    given = ("train.batch_size=64", "train.sequence_length=4096", f"cost.peak={peak}")
+
+    def seconds(*precision: str) -> dict[str, float]:
+        found = steps("llama-3.1-8b", *given, *precision).slowest.roofs
+        return {name: roof.compute_seconds for name, roof in found.items()}
+
+    peaks = {dtype: figure.value for dtype, figure in H800.peaks.items()}
+    forward = compute.forward(Spec.load("llama-3.1-8b"), context=4096)
+    tokens = 3 * 64 * 4096
+    half, narrow = seconds("precision.kind=bf16"), seconds("precision.kind=fp8-block")
+    wide = seconds("precision.kind=full", "precision.dtype=float32")
+    for name, found in half.items():
+        assert found == wide[name] == pytest.approx(tokens * forward[name].total / peaks["bfloat16"])
+    attention = forward["mixer gqa"]
+    assert narrow["mixer gqa"] == pytest.approx(
+        tokens * (attention.linear / peaks["float8_e4m3fn"] + attention.core / peaks["bfloat16"])
+    )
+    # What states no precision is computed at the peak that it names.
+    assert seconds()["mixer gqa"] == pytest.approx(tokens * attention.total / peaks[peak])
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
