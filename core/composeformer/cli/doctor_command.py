@@ -35,7 +35,7 @@ EXTRAS = {
 )
 @json_option
 def command(as_json: bool) -> int:
-    rows = [*_packages(), *_machine(), *_plugins()]
+    rows = [*_packages(), *_machine(), *_plugins(), *_profiles()]
     failed = any(status == "missing" for _, status, _ in rows)
     if as_json:
         print_json({"ok": not failed, "checks": [{"what": w, "status": s, "detail": d} for w, s, d in rows]})
@@ -91,4 +91,25 @@ def _plugins() -> list[tuple[str, str, str]]:
             info.cause or f"{len(info.components)} components from {info.distribution} {info.version}"
         )
         rows.append((f"plugin {info.name}", status, "; ".join([detail, *info.conflicts])))
+    return rows
+
+
+def _profiles() -> list[tuple[str, str, str]]:
+    """The devices that `[cost]` can be of, and how much of each profile was read at its source."""
+    from composeformer.costs import hardware
+    from composeformer.costs.quantities import scaled
+    from composeformer.errors import ComposeError
+
+    rows = []
+    for name in hardware.shipped():
+        try:
+            found = hardware.load(name)
+        except ComposeError as error:
+            rows.append((f"profile {name}", "failed", "; ".join(error.lines)))
+            continue
+        figures = found.figures()
+        peak = max(found.peaks.items(), key=lambda each: each[1].value)
+        told = f"{found.description}: {scaled(peak[1].value, 'FLOP/s')} in {peak[0]}, {scaled(found.memory.value, 'B')}"
+        unread = sum(not figure.read for figure in figures.values())
+        rows.append((f"profile {name}", "ok", f"{told}; {unread} of {len(figures)} numbers unconfirmed"))
     return rows

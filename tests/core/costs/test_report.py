@@ -241,3 +241,26 @@ def test_no_torch_is_needed() -> None:
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_every_key_of_the_document_is_documented(report: Report) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "costs.md").read_text(encoding="utf-8")
+    keys = text.partition("## A document")[2].partition("\n## ")[0]
+    made = document(report)
+    nested = [*made["parameters"], *made["flops_per_token"], *made["checkpoint"], *made["trend"][0]]
+    for key in (*made, *nested, *made["sections"]["run"]["rent"], *made["assumptions"]["rate"]):
+        if key != "year":
+            assert f"`{key}`" in keys, key
+
+
+def test_doctor_lists_the_devices_that_a_price_can_be_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(monkeypatch, capsys, "doctor", "--json")
+    told = {row["what"]: row for row in json.loads(out)["checks"] if row["what"].startswith("profile ")}
+    assert code == 0
+    assert set(told) == {f"profile {name}" for name in hardware.shipped()}
+    for name in hardware.shipped():
+        figures = hardware.load(name).figures().values()
+        unread = sum(not figure.read for figure in figures)
+        assert told[f"profile {name}"]["detail"].endswith(f"; {unread} of {len(figures)} numbers unconfirmed")
