@@ -2,7 +2,7 @@
 
 Weights are in the dtype that they are gathered in; where the optimizer updates them in a wider one, that copy is its
 master. Replicas share what ZeRO (arXiv 1910.02054) says: the optimizer's state, gradients too, weights too. DualPipe
-keeps two copies of the weights (arXiv 2412.19437, section 3.2.1).
+keeps two copies of the weights, those of stages s and P - 1 - s on a device (arXiv 2412.19437, section 3.2.1).
 
 A micro-batch's activations are kept from its forward to its backward pass. Stage s of P, from 0, has P - s of them in
 flight under 1F1B, as many under zero-bubble schedules; under DualPipe a device is stage s of one direction and
@@ -163,8 +163,7 @@ def _stage(
     activations += max(stages[each].made_again for each in flying)
     silent = {name for kept in stages for name in kept.silent}
     formats, zero = spec.formats, placed.zero
-    copies = 2 if spec.parallel.schedule == "dualpipe" and placed.pipeline > 1 else 1
-    parameters = weights = gradients = master = moments = buffers = 0.0
+    parameters = gradients = master = moments = buffers = 0.0
     units: dict[str, float] = {}
     for held in placed.held(stage):
         form = formats.tensors[held.name]
@@ -173,11 +172,8 @@ def _stage(
             buffers += held.elements * _bytes(held.weight.dtype or form.storage)
             continue
         if form.codec is not None:
-            # Codes and their scales; they do not train.
-            weights += held.elements * form.bits / 8
             continue
         parameters += held.elements
-        weights += copies * gathered / (held.replicas if zero >= 3 else 1)
         gradients += held.elements * _bytes(form.gradient) / (held.replicas if zero >= 2 else 1)
         own = held.elements / (held.replicas if zero >= 1 else 1)
         master += own * _bytes(form.storage) if form.storage != form.gather else 0.0
@@ -187,7 +183,7 @@ def _stage(
     return Memory(
         stage=stage,
         parameters=parameters,
-        weights=weights,
+        weights=sum(_weights(spec, placed, each) for each in _stages(spec, stage, placed.pipeline)),
         gathered=max(units.values(), default=0.0) if zero >= 3 and placed.devices > 1 else 0.0,
         gradients=gradients,
         master=master,
@@ -198,6 +194,23 @@ def _stage(
         in_flight=sum(flying.values()),
         silent=tuple(sorted(silent)),
     )
+
+
+def _stages(spec: Spec, stage: int, stages: int) -> tuple[int, ...]:
+    """The stages whose weights a device holds: under DualPipe those of both directions."""
+    both = spec.parallel.schedule == "dualpipe" and stages > 1
+    return (stage, stages - 1 - stage) if both else (stage,)
+
+
+def _weights(spec: Spec, placed: Layout, stage: int) -> float:
+    """Bytes of a stage's weights on one device, as they are gathered, or as codes and scales that do not train."""
+    found = 0.0
+    for held in placed.held(stage):
+        form = spec.formats.tensors[held.name]
+        if held.weight.trains:
+            bytes_ = _bytes(form.gather) if form.codec is None else form.bits / 8
+            found += held.elements * bytes_ / (held.replicas if placed.zero >= 3 and form.codec is None else 1)
+    return found
 
 
 def _bytes(dtype: str) -> float:
