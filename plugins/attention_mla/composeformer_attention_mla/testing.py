@@ -16,7 +16,7 @@ def latents() -> st.SearchStrategy[dict[str, Any]]:
         "kv_lora_rank": st.integers(4, 10),
         "qk_nope_head_dim": st.integers(1, 8),
         "qk_rope_head_dim": st.sampled_from([4, 8]),
-        "v_head_dim": st.integers(1, 8),
+        "v_head_dim": st.integers(1, 8) | st.integers(9, 17),  # beyond queries and keys, too
     }
     more: dict[str, st.SearchStrategy[Any]] = {
         "q_lora_rank": st.integers(4, 10),

@@ -10,8 +10,8 @@ Tables = st.SearchStrategy[Table]
 LAYOUTS = st.sampled_from(["half-split", "interleaved"])
 THETAS = st.sampled_from([10000.0, 100.0, 2.0, 1e6])
 FACTORS = st.sampled_from([1.0, 2.0, 4.0, 40.0]) | st.floats(1.0, 64.0)
-# Contexts that a model was trained for, from those that few pairs turn in once.
-ORIGINALS = st.integers(8, 4096)
+# Contexts that a model was trained for, from those in which few pairs, or none, turn once.
+ORIGINALS = st.integers(8, 4096) | st.integers(1, 16)
 # What scales YaRN's tables: the factor, DeepSeek's ratio of two, one of the two, a number.
 SCALES: list[Table] = [
     {},
@@ -45,9 +45,12 @@ def attentions(draw: st.DrawFn) -> Table:
 
 def feed_forwards() -> Tables:
     """`swiglu`, of any width."""
-    activations = st.sampled_from(["silu", "gelu", "gelu_tanh", "relu", "relu2"])
-    more = {"activation": activations, "gated": st.booleans(), "bias": st.booleans()}
-    fixed = {"kind": st.just("swiglu"), "intermediate_size": st.integers(1, 24)}
+    fixed = {
+        "kind": st.just("swiglu"),
+        "intermediate_size": st.integers(1, 24),
+        "activation": st.sampled_from(["silu", "gelu", "gelu_tanh", "relu", "relu2"]),
+    }
+    more = {"gated": st.booleans(), "bias": st.booleans()}
     return st.fixed_dictionaries(fixed, optional=more)
 
 

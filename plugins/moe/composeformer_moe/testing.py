@@ -30,13 +30,17 @@ def mixtures(draw: st.DrawFn) -> Table:
 def _shared(draw: st.DrawFn) -> Table:
     """What all routers have."""
     groups = draw(st.sampled_from([1, 2, 2]))
-    more = {
-        "group_score": st.sampled_from(["max", "top2"]),
-        "routed_scaling_factor": st.sampled_from([1.0, 2.5, 0.5]),
+    more = {"routed_scaling_factor": st.sampled_from([1.0, 2.5, 0.5])}
+    table: Table = {
+        "top_k": draw(st.integers(1, LARGEST_TOP_K)),
+        **draw(st.fixed_dictionaries({}, optional=more)),
     }
-    table = {"top_k": draw(st.integers(1, LARGEST_TOP_K)), **draw(st.fixed_dictionaries({}, optional=more))}
     if groups > 1:
-        table |= {"num_groups": groups, "top_k_groups": draw(st.integers(1, groups))}
+        table |= {
+            "num_groups": groups,
+            "top_k_groups": draw(st.integers(1, groups)),
+            "group_score": draw(st.sampled_from(["max", "top2"])),
+        }
     return table
 
 

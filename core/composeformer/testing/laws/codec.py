@@ -25,6 +25,8 @@ COLUMNS = (1, 2, 31, 33, 127, 128, 129, 300)
 CONTENTS = ("even", "wide", "blocks", "huge", "zeros", "tiny", "integers")
 # Of more blocks than one, at most 128 long.
 SEVERAL = (5, 129, 200, 300)
+# So many elements may be decoded in more steps than one.
+WIDE = 1100
 OUT = ("float32", "bfloat16", "float64")
 
 
@@ -165,12 +167,14 @@ def stored(case: Case) -> None:
     examples=20,
 )
 def rows(case: Case) -> None:
-    coded = Coded(case, rows=SEVERAL, columns=(5, 129))
+    coded = Coded(case, rows=SEVERAL, columns=(5, 129, WIDE))
     start = case.integer("start", 0, coded.shape[-2])
     stop = case.integer("stop", start, coded.shape[-2])
     dtype = DTYPES[case.choice("dtype", OUT)]
     whole = coded.codec.decode(coded.parts, dtype)
-    case.equal(coded.codec.decode(coded.parts, dtype, slice(start, stop)), whole[..., start:stop, :], "rows")
+    for first, last in ((start, stop), *((at, coded.shape[-2]) for at in range(0, coded.shape[-2], 32))):
+        found = coded.codec.decode(coded.parts, dtype, slice(first, last))
+        case.equal(found, whole[..., first:last, :], f"rows {first} to {last}")
     case.equal(whole, coded.decoded.to(dtype) if dtype == torch.bfloat16 else whole, "in bfloat16")
     case.equal(
         whole.to(torch.float32) if dtype == torch.float64 else coded.decoded, coded.decoded, "in float64"

@@ -349,7 +349,7 @@ def expected(case: Case) -> None:
     ranks = case.choice("ranks", (2, 4))
     groups, k = ranks * case.integer("experts of a rank", 1, 3), case.choice("top_k", (2, 1))
     width, backward = case.choice("width", (3, 130)), case.boolean("backward")
-    chosen = [list(each) for each in combinations(range(groups), k)]
+    nodes, chosen = within_nodes(case, config, groups, ranks, k)
     sizes: dict[str, Any] = {"groups": groups, "ranks": ranks, "backward": backward}
     sums = Ledger()
     try:
@@ -361,7 +361,7 @@ def expected(case: Case) -> None:
     except ComposeError as error:
         case.draw.reject(str(error))
     exchanges = [Exchange(name=name, elements=width, fan_out=k) for name in ("dispatch", "combine")]
-    mean = config.expected(exchanges, tokens=1, activation=2, **sizes)
+    mean = config.expected(exchanges, tokens=1, activation=2, nodes=nodes, **sizes)
     case.equal({step for step, _ in mean.steps()}, {step for step, _ in sums.steps()}, "steps")
     for step, _ in mean.steps():
         for link in LINKS:
@@ -375,6 +375,59 @@ def expected(case: Case) -> None:
                     bound=torch.tensor([2.0**-40 * (1 + each) for each in wanted], dtype=torch.float64),
                 )
                 near(case, torch.tensor(found, dtype=torch.float64), exact, f"{step} {content} {link}")
+
+
+def within_nodes(
+    case: Case, config: Any, groups: int, ranks: int, k: int
+) -> tuple[int | None, list[list[int]]]:
+    """How many nodes a token's groups lie within, None for any; and all K groups that it can choose, each as likely as
+    it is listed.
+    """
+    size = getattr(config, "ranks_per_node", None) or ranks
+    number = ranks // size if ranks % size == 0 else 1
+    nodes = case.choice("nodes", [None, *range(1, number + 1)])
+    owned = groups // number
+    if nodes is not None and k > nodes * owned:
+        case.draw.reject("a token's groups are more than its nodes have")
+    among = combinations(range(number), number if nodes is None else nodes)
+    return nodes, [
+        list(each)
+        for visited in among
+        for each in combinations([g for g in range(groups) if g // owned in visited], k)
+    ]
+
+
+@law(
+    "comm",
+    "links",
+    "what ranks of a node send each other is on its links, what others do between nodes, one's own on neither",
+    kills="links-by-place-in-the-node",
+    applies=of_several,
+    examples=12,
+)
+def links(case: Case) -> None:
+    """Of a token that chose one group: its row travels to the owner's rank, along one hop or several."""
+    config = configured(case).config
+    ranks = case.choice("ranks", (4, 2))
+    each = case.integer("experts of a rank", 1, 3)
+    sender, owner = case.integer("sender", 0, ranks - 1), case.integer("owner", 0, ranks - 1)
+    size = getattr(config, "ranks_per_node", None) or ranks
+    tokens = [[[owner * each]] if rank == sender else [] for rank in range(ranks)]
+    try:
+        found = config.declared(
+            tokens, groups=ranks * each, ranks=ranks, rows=Rows(width=3, activation=2), backward=True
+        )
+    except ComposeError as error:
+        case.draw.reject(str(error))
+    moved = {
+        link: sum(ledger.volume(link=link, content="payload").sent for ledger in found) for link in LINKS
+    }
+    apart = sender // size != owner // size
+    case.equal(moved["inter"] > 0, apart, "whether a row goes from node to node")
+    if sender == owner:
+        case.equal(moved["intra"], 0, "bytes of one's own row inside the node")
+    elif not apart:
+        case.require(moved["intra"] > 0, "a row of another rank of the node is not on its links")
 
 
 def _constant(config: Any, sizes: dict[str, Any], width: int, step: Any) -> bool:

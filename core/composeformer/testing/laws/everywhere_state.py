@@ -5,6 +5,8 @@ Shapes: B rows, T tokens, D features.
 
 import tempfile
 from copy import deepcopy
+from itertools import combinations
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,14 @@ from composeformer.assemble import build
 from composeformer.contracts import Constant
 from composeformer.decoder import Model
 from composeformer.store import load, save
+from composeformer.testing.bounds import roundoff
 from composeformer.testing.calling import call, entered, entering, uncalled
 from composeformer.testing.case import Case
 from composeformer.testing.law import EVERYWHERE, law
 from composeformer.testing.slopes import differences
 
+# Tensors of so many elements are not the same by chance; and sums are beyond their bounds once in e^TAIL.
+DISTINCT, TAIL = 8, 40
 # What every module has, and what changes by being told to.
 PLAIN = {*vars(nn.Module()), "forward"}
 
@@ -164,6 +169,44 @@ def seed(case: Case) -> None:
         drawn = name in plan.tensors and not isinstance(plan.tensors[name].init, Constant)
         if drawn and value.is_floating_point():
             case.require(not torch.equal(other[name], value), f"{name} is the same by another seed")
+
+
+@law(
+    EVERYWHERE,
+    "initial",
+    "initial values have the mean and deviation that are declared, and no two tensors, nor groups of one, the same",
+    kills="groups-start-alike",
+    applies=uncalled,
+    examples=4,
+)
+def initial(case: Case) -> None:
+    """All draws together, of deviation 1 where each is divided by its own: their sum and the sum of their squares stay
+    within the bounds of Laurent and Massart (2000, lemma 1) but for once in 10^17.
+    """
+    built, drawn = build(case.spec, seed=case.integer("seed", 0, 2**16)).state_dict(), []
+    for name, weight in case.spec.plan.tensors.items():
+        value = built.get(name)
+        if value is None or not value.is_floating_point() or name in case.spec.plan.aliases:
+            continue
+        std = case.spec.model.init_std if weight.init is None else getattr(weight.init, "std", 0.0)
+        if isinstance(weight.init, Constant):
+            case.equal(
+                value, torch.full_like(value, weight.init.value), f"{name}, which starts as a constant"
+            )
+        if not std:
+            continue
+        groups = value.double() / std if value.ndim == 3 else value.double()[None] / std
+        drawn += [(f"{name} ({number})", group.flatten()) for number, group in enumerate(groups)]
+    long = [each for each in drawn if len(each[1]) >= DISTINCT]
+    for (one, first), (two, second) in combinations(long, 2):
+        alike = len(first) == len(second) and torch.equal(first, second)
+        case.require(not alike, f"{one} and {two} start with the same values")
+    if drawn:
+        every = torch.cat([each for _, each in drawn])
+        number, error = len(every), roundoff(case.dtype)
+        far = 2 * sqrt(number * TAIL) + 2 * TAIL + 3 * number * error
+        case.within(abs(float(every.square().sum()) - number), far, "the sum of squares")
+        case.within(abs(float(every.sum())), sqrt(2 * TAIL * number) + number * error, "the sum")
 
 
 @law(

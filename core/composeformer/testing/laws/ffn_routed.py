@@ -16,13 +16,14 @@ from composeformer.config import facts_of
 from composeformer.decoder import Model
 from composeformer.plan import Node
 from composeformer.tensors import Routing
-from composeformer.testing.bounds import size
+from composeformer.testing.bounds import SAFETY, gap, roundoff, size
 from composeformer.testing.case import Case
 from composeformer.testing.law import law
 from composeformer.testing.laws.ffn import LONGEST, MOST, settled, told, transform
 from composeformer.testing.subject import Subject
 from composeformer.testing.told import shuffled
 from composeformer.testing.twins import twin
+from composeformer.train.after import Run
 
 FACTOR = "routed_scaling_factor"
 
@@ -168,7 +169,9 @@ def scaling_factor(case: Case) -> None:
     applies=has_router,
 )
 def loads(case: Case) -> None:
-    """It is what the router's `after_step` is given as `load`."""
+    """It is what the router's `after_step` is given as `load`. Metrics are relative to the mean load:
+    `max_violation` is the largest, less 1, `min_load` the smallest.
+    """
     rows, tokens = case.integer("rows", 1, MOST), case.integer("tokens", 1, LONGEST)
     experts = router_of(case).site.sizes["num_experts"]
     x, ids = case.stream("x", rows, tokens), case.ids("ids", rows, tokens)
@@ -184,6 +187,16 @@ def loads(case: Case) -> None:
     case.equal(len(chosen), 1, "how often the router is asked")
     wanted = torch.bincount(chosen[0][valid].flatten(), minlength=experts + 1)[:experts]
     case.equal(counts.get(f"{router_of(case).path}.load"), wanted, "the load")
+    if not hasattr(case.part, "after_step") or not bool(wanted.any()):
+        return
+    run = Run(step=0, tokens=int(valid.sum()), path=case.node.path, config=case.config)
+    told = case.part.after_step({"router.load": wanted}, run) or {}
+    even = wanted.double() * experts / wanted.sum()
+    for name, value in (("max_violation", even.max() - 1), ("min_load", even.min())):
+        if name in told:
+            case.within(
+                gap(told[name].double(), value), SAFETY * roundoff(told[name].dtype) * size(even), name
+            )
 
 
 @law(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from composeformer.contracts import Core
 from composeformer.decoder import Model
 from composeformer.testing.case import Case
 from composeformer.testing.law import law
@@ -163,6 +164,9 @@ def window(case: Case) -> None:
     wide = window_of(case)
     if wide is None:
         case.draw.reject("there is no window")
+    for each in case.config.cost(case.node.site, "train"):
+        if isinstance(each, Core):
+            case.equal(each.window, wide, f"the window of what {each.name} costs")
     tokens = wide + case.integer("beyond", 1, ROOM)
     found = reached(case, settled(case, 1, tokens))
     beyond = found[: tokens - wide]

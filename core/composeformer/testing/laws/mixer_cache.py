@@ -11,6 +11,8 @@ from torch import Tensor
 
 from composeformer.cache import TokenCache
 from composeformer.costs.counts import held
+from composeformer.errors import InputError
+from composeformer.testing.bounds import size
 from composeformer.testing.case import Case
 from composeformer.testing.law import law
 from composeformer.testing.mixing import CHUNK, HUGE, History, Sort, mix, settled
@@ -36,6 +38,34 @@ def cached(case: Case) -> None:
 )
 def rollback(case: Case) -> None:
     History(case, Sort(rollbacks=True)).run()
+
+
+@law(
+    "mixer",
+    "rollback-beyond",
+    "forgetting more than a cache was made for is refused, or right, also where it is forgotten in turns",
+    kills="rollback-beyond-the-ring",
+    examples=8,
+)
+def rollback_beyond(case: Case) -> None:
+    """A row forgets more tokens than its room, one by one."""
+    room, more, tokens = case.integer("room", 1, 2), case.integer("more", 1, 3), case.integer("tokens", 6, 14)
+    x = case.stream("x", 1, tokens + 2)
+    left = tokens - room - more
+    again = torch.cat([x[:, :left], x[:, tokens:]], 1)
+    case.settle(lambda model, y: mix(case, model, y), again)
+    model = case.model
+    with torch.no_grad():
+        cache = model.new_cache(1, tokens + 2, room)
+        for each in torch.split(x[:, :tokens], 1, 1):
+            mix(case, model, each, cache)
+        try:
+            for _ in range(room + more):
+                cache.rollback(torch.tensor([1]))
+        except InputError:
+            return
+        found, wanted = mix(case, model, x[:, tokens:], cache), mix(case, model, again)[:, left:]
+    case.close(found, wanted, "after more was forgotten", scale=size(wanted), terms=tokens)
 
 
 @law(
@@ -111,11 +141,12 @@ def apart(case: Case) -> None:
     "garbage",
     "huge numbers in memory that holds no token change nothing",
     kills="unseen-scores-are-merely-small",
-    examples=8,
+    examples=16,
 )
 def garbage(case: Case) -> None:
     before, after = case.integer("before", 0, 6), case.integer("after", 1, 6)
-    wrong, short = case.integer("forgotten", 1, CHUNK), case.integer("short", 0, before)
+    wrong, short = case.integer("forgotten", 1, CHUNK), case.choice("short", [before, before // 2, 0])
+    step = case.choice("step", [1, CHUNK])
     x, noise = settled(case, 2, before + after), case.stream("y", 2, wrong)
     # The second row is shorter, so that its free memory lies among what is read of the first.
     valid = torch.ones(x.shape[:2], dtype=torch.bool)
@@ -130,7 +161,7 @@ def garbage(case: Case) -> None:
             mix(case, case.model, factor * noise, cache)
             cache.rollback(torch.full((2,), wrong))
             soil(cache.get(case.node.path), factor)
-            parts = torch.split(x[:, before:], CHUNK, 1)
+            parts = torch.split(x[:, before:], step, 1)
             found.append(torch.cat([mix(case, case.model, part, cache) for part in parts], 1))
         wanted = mix(case, case.model, x, valid=valid)[:, before:]
     case.close(found[0], wanted, "after a rollback", terms=before + after)

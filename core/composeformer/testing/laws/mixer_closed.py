@@ -90,6 +90,8 @@ def latent_heads(config: Any, part: Any, x: Tensor, table: Rotary) -> Tensor:
     examples=12,
 )
 def dot_product(case: Case) -> None:
+    for name in ("q", "k", "v"):
+        case.equal(case.node.linears[name].bias, case.config.qkv_bias, f"whether {name} has a bias")
     compared(case, dot_product_heads)
 
 

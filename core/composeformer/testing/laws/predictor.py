@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from composeformer.assemble import build, in_dtype
-from composeformer.contracts import Uses
+from composeformer.contracts import SUBLAYERS, Uses
 from composeformer.decoder import Model
 from composeformer.errors import SpecError
-from composeformer.tensors import ModelOutput, Prediction
+from composeformer.tensors import ModelOutput, Output, Prediction
 from composeformer.testing.bounds import size
 from composeformer.testing.case import Case
 from composeformer.testing.law import law
@@ -95,6 +95,15 @@ def labels(case: Case) -> None:
         valid = mask(case, "valid", rows, tokens)
     if case.boolean("packed"):
         documents = mask(case, "starts", rows, tokens, one_in=3).cumsum(1)
+    check_labels(case, ids, valid, documents)
+    # One hole, which the tokens on either side are not to be joined across.
+    ids = case.ids("other ids", 1, LONGEST)
+    valid = torch.arange(LONGEST)[None] != case.integer("hole", 1, LONGEST - 2)
+    check_labels(case, ids, valid, None)
+
+
+def check_labels(case: Case, ids: Tensor, valid: Tensor | None, documents: Tensor | None) -> None:
+    """Which labels each depth has, and that it learns at no other place."""
     with torch.no_grad():
         predictions = predicted(case.model, ids, valid=valid, documents=documents).predictions
     objective, _ = trainer(case.model)
@@ -248,6 +257,35 @@ def shares(case: Case) -> None:
     case.within(abs(sum(each.share for each in predictions) - 1), 2.0**-52 * len(predictions), "their sum")
     for k, each in enumerate(predictions, 1):
         case.equal(each.logits.shape[:2], each.batch.ids.shape, f"the places of depth {k}")
+
+
+@law(
+    "predictor",
+    "side-results",
+    "its sublayers run in the model's phase, and what they tell in training comes out, once, by their path",
+    kills="predictor-drops-its-side-results",
+    examples=6,
+)
+def side_results(case: Case) -> None:
+    """Losses and counts, which add where a sublayer is called more than once."""
+    ids = case.ids("ids", case.integer("rows", 1, 2), LONGEST)
+    given: dict[str, Tensor] = {}
+
+    def hear(module: nn.Module, inputs: tuple[Any, ...], output: Output) -> None:
+        case.equal(inputs[1].phase, "train", "the phase of a sublayer")
+        for path, value in {**output.aux.losses, **output.aux.counts}.items():
+            given[path] = given[path] + value if path in given else value
+
+    nodes = [node for node in case.node.walk() if node.slot in SUBLAYERS]
+    hooks = [case.model.get_submodule(node.path).register_forward_hook(hear) for node in nodes]
+    with torch.no_grad():
+        aux = predicted(case.model, ids).aux
+    for hook in hooks:
+        hook.remove()
+    found = {path: value for path, value in {**aux.losses, **aux.counts}.items() if path in given}
+    case.equal(sorted(found), sorted(given), "the paths of losses and counts")
+    for path, value in given.items():
+        case.equal(found[path], value, path)
 
 
 @law(

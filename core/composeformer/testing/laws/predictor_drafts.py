@@ -19,7 +19,10 @@ ROWS = 2
 # Of each call of `draft`: its columns, which of them are real in each row (bits), which rows' drafts are right (bits).
 BITS = st.integers(0, 15)
 RIGHT = st.sampled_from([0b11, 0b01, 0b10, 0b00])
-CALLS = st.lists(st.tuples(st.integers(1, 3), BITS, BITS, RIGHT), min_size=3, max_size=8)
+SOME = st.lists(st.tuples(st.integers(1, 3), BITS, BITS, RIGHT), min_size=3, max_size=8)
+# One row rests, as long as it may become, while the other goes on.
+RESTS = st.just([(7, 0b1111111, 0b0111111, 0b11), (1, 0b0, 0b1, 0b11)])
+CALLS = SOME | SOME | RESTS
 
 
 @law(

@@ -26,7 +26,7 @@ from composeformer.testing.laws.router import LONGEST, dense, num_experts, route
 from composeformer.testing.twins import twin
 
 # Another way to sort may serve so many tokens.
-MANY = 1100
+SEVERAL, MANY = 20, 1100
 PLAIN = {"top_k_groups": 1, "num_groups": 1, "routed_scaling_factor": 1.0}
 
 
@@ -71,18 +71,23 @@ def quantised(case: Case, label: str, *shape: int, dtype: torch.dtype) -> Tensor
 def prepared(case: Case) -> Tensor:
     """Hidden states (1, T, D), few bits or many, with logits and biases alike; biases of any sign."""
     model, coarse = case.model, case.choice("coarse", [True, True, False])
-    tokens = case.choice("tokens", [1, 2, LONGEST])
+    tokens = case.choice("tokens", [1, LONGEST, SEVERAL])
     weight, moved = gate(case, model), bias(case, model)
     if coarse:
         x = quantised(case, "x", 1, tokens, case.node.site.width, dtype=case.dtype)
         weight.zero_()  # of few features logits take few values, and many are equal
         weight[:, :2] = quantised(case, "gate", num_experts(case), 2, dtype=weight.dtype)
+        weight *= case.choice("times", [1, 4])  # few bits still, and probabilities that are no line of them
     else:
         x = case.stream("x", 1, tokens)
     if moved is not None:
         few = quantised(case, "bias", *moved.shape, dtype=moved.dtype)
         moved.copy_(few if coarse else case.normal("biases", *moved.shape, dtype=moved.dtype))
         moved += case.choice("offset", [0.0, -4.0, 1.0])
+        # What a step moves: too little for a narrow dtype, and it decides between scores that are equal.
+        moved += case.choice("step", [0.0, 2.0**-10]) * quantised(
+            case, "steps", *moved.shape, dtype=moved.dtype
+        )
     return x
 
 
