@@ -13,6 +13,8 @@ from typing import Any
 
 from composeformer.costs.economics import development, fleet
 from composeformer.costs.economics.run import straight_rate
+from composeformer.costs.page import page as html_page
+from composeformer.costs.report import Report
 from composeformer.spec import Spec
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -31,6 +33,7 @@ from deepseek_v3_figures import (
 )
 
 PAGE = Path(__file__).with_name("deepseek-v3-cost.md")
+PICTURE = Path(__file__).with_name("deepseek-v3-cost.html")
 
 
 def inconsistencies() -> Iterator[tuple[str, str]]:
@@ -125,6 +128,11 @@ def page() -> str:
         ARTICLE + claims(),
     ]
     return "\n\n".join([*parts, TAIL + inputs()]) + "\n"
+
+
+def picture() -> str:
+    """The page that `compose cost deepseek-v3 --html` writes."""
+    return html_page(Report(Spec.load("deepseek-v3")))
 
 
 def table(found: Iterator[Row]) -> str:
@@ -230,4 +238,5 @@ TAIL = """## Read, and taken as inputs
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
-    print(f"wrote {PAGE.name}")
+    PICTURE.write_text(picture(), encoding="utf-8")
+    print(f"wrote {PAGE.name} and {PICTURE.name}")

@@ -60,6 +60,13 @@ class CostConfig(Config):
         affects="execution",
         help="Of pre-training, where they are known.",
     )
+    budget: float | None = field(
+        None,
+        above=0.0,
+        unit="USD",
+        affects="execution",
+        help="Rent of all stages, where that is given: it buys the hours, and they train the tokens.",
+    )
     other_gpu_hours: float = field(
         0.0,
         minimum=0.0,
@@ -185,7 +192,9 @@ class CostConfig(Config):
                 told = f"must be a number of [cost]: {one_of(names)}"
                 yield Problem(f"ranges.{index}.of", each.of, told, nearest(each.of, names))
             elif each.of in [other.of for other in self.ranges[:index]]:
-                yield Problem(f"ranges.{index}.of", each.of, "must have one range; it has another before this")
+                yield Problem(
+                    f"ranges.{index}.of", each.of, "must have one range; it has another before this"
+                )
             elif not 0 < each.low <= each.high:
                 yield Problem(f"ranges.{index}.low", each.low, f"must be > 0 and <= high ({each.high:g})")
             else:

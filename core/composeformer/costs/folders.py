@@ -20,12 +20,15 @@ from composeformer.spec import Spec
 
 @attrs.frozen(kw_only=True)
 class Checkpoint:
-    """The tensors of a folder. `dialect` names them, `native` for the spec's own names; `by_dtype` counts elements."""
+    """The tensors of a folder. `dialect` names them, `native` for the spec's own names; `by_dtype` counts elements, and
+    `copies` those of shared tensors that are stored again.
+    """
 
     dialect: str
     tensors: int
     elements: int
     bytes: int
+    copies: int
     by_dtype: Mapping[str, int]
 
     def to_dict(self) -> dict[str, object]:
@@ -40,7 +43,7 @@ def checkpoint(spec: "Spec | str") -> Checkpoint:
         dialect, _ = expressing(spec)
     except DialectError:
         return _counted(
-            "native", ((weight.dtype, weight.elements, 1) for weight in spec.formats.stored.values())
+            "native", ((weight.dtype, weight.elements, 1, False) for weight in spec.formats.stored.values())
         )
     return _counted(dialect.name, _written(dialect.rules(spec), spec))
 
@@ -69,8 +72,8 @@ def by_precision(spec: Spec) -> dict[str, Checkpoint | ComposeError]:
     return found
 
 
-def _written(transfers: list[Transfer], spec: Spec) -> Iterator[tuple[str | None, int, int]]:
-    """The dtype, elements and number of the tensors that each transfer writes."""
+def _written(transfers: list[Transfer], spec: Spec) -> Iterator[tuple[str | None, int, int, bool]]:
+    """The dtype, elements and number of the tensors that each transfer writes, and whether they are copies."""
     stored = spec.formats.stored
     copies = [each for each in transfers if each.copy and each.same_as is not None]
     shared = {each.same_as for each in copies}
@@ -79,25 +82,27 @@ def _written(transfers: list[Transfer], spec: Spec) -> Iterator[tuple[str | None
         if each.ours is not None:
             dtype = stored[each.ours.names[0]].dtype
             count = sum(map(len, each.theirs.parts))
-            yield dtype, sum(map(prod, each.theirs.shapes)), count
+            yield dtype, sum(map(prod, each.theirs.shapes)), count, False
             if count == 1 and each.theirs.names[0] in shared:
                 moved[each.theirs.names[0]] = dtype, prod(each.theirs.shapes[0])
     for each in copies:
         dtype, elements = moved[each.same_as]
         count = len(each.theirs.names)
-        yield dtype, elements * count, count
+        yield dtype, elements * count, count, True
 
 
-def _counted(dialect: str, groups: Iterator[tuple[str | None, int, int]]) -> Checkpoint:
+def _counted(dialect: str, groups: Iterator[tuple[str | None, int, int, bool]]) -> Checkpoint:
     elements: Counter[str] = Counter()
-    tensors = 0
-    for dtype, size, count in groups:
+    tensors = copies = 0
+    for dtype, size, count, again in groups:
         elements[str(dtype)] += size
         tensors += count
+        copies += size if again else 0
     return Checkpoint(
         dialect=dialect,
         tensors=tensors,
         elements=elements.total(),
         bytes=sum(size * BITS[dtype] // 8 for dtype, size in elements.items()),
+        copies=copies,
         by_dtype=dict(sorted(elements.items())),
     )

@@ -100,7 +100,11 @@ def hardware(document: Document) -> Hardware:
         *(((n,), f) for n, f in amounts.items()),
     ]:
         if figure is not None and figure.value < 1:
-            told = "must be > 0" if figure.value == 0 else "must be >= 1: operations or bytes a second, bytes, watts"
+            told = (
+                "must be > 0"
+                if figure.value == 0
+                else "must be >= 1: operations or bytes a second, bytes, watts"
+            )
             reader.problem((*path, "value"), figure.value, told)
     if reader.problems or head is None:
         raise SpecError(reader.problems)

@@ -209,7 +209,9 @@ def _weights(spec: Spec, placed: Layout, stage: int) -> float:
         form = spec.formats.tensors[held.name]
         if held.weight.trains:
             bytes_ = _bytes(form.gather) if form.codec is None else form.bits / 8
-            found += held.elements * bytes_ / (held.replicas if placed.zero >= 3 and form.codec is None else 1)
+            found += (
+                held.elements * bytes_ / (held.replicas if placed.zero >= 3 and form.codec is None else 1)
+            )
     return found
 
 

@@ -69,8 +69,13 @@ class Pricing:
     def __init__(self, spec: Spec, counts: Counts | None = None) -> None:
         self.spec = spec
         self.config = spec.cost
-        if self.config.tokens is None and self.config.gpu_hours is None:
-            raise InputError("cost.tokens: must be stated, or cost.gpu_hours, to price a run; neither is")
+        if self.config.tokens is None and self.config.gpu_hours is None and self.config.budget is None:
+            told = "must be stated, or cost.gpu_hours, or cost.budget, to price a run; none is"
+            raise InputError(f"cost.tokens: {told}")
+        if self.config.gpu_hours is not None and self.config.budget is not None:
+            raise InputError(
+                "cost.budget: buys the hours of the run, and cost.gpu_hours states them; choose one"
+            )
         longest, context = spec.model.max_position_embeddings, self.config.context
         if context is not None and context > longest:
             raise InputError(f"cost.context = {context}: must be <= max_position_embeddings ({longest})")
@@ -80,6 +85,15 @@ class Pricing:
         self.counts = cost(spec, context=self.config.context) if counts is None else counts
         self.full = cost(spec, context=self.counts.flops_per_token.context, causal=False)
         self.values = {name: each.value for name, each in self.assumptions.items()}
+        if (hours := self.given_hours(self.values)) is not None and hours <= 0:
+            told = f"buys no more than the {self.config.other_gpu_hours:,.0f} hours of cost.other_gpu_hours"
+            raise InputError(f"cost.budget = {self.config.budget:g}: {told}")
+
+    def given_hours(self, of: Mapping[str, float]) -> float | None:
+        """Hours of pre-training that are stated, or that the budget buys; None where they follow from tokens."""
+        if self.config.budget is not None:
+            return self.config.budget / of["rate"] - self.config.other_gpu_hours
+        return self.config.gpu_hours
 
     @property
     def per_token(self) -> float:
@@ -88,18 +102,15 @@ class Pricing:
 
     @cached_property
     def tokens(self) -> float:
-        """Stated, or what the stated hours train."""
-        if self.config.tokens is not None:
-            return self.config.tokens
-        assert self.config.gpu_hours is not None
-        of = self.values
-        return tokens_of(
-            self.config.gpu_hours, self.per_token, self.peak.value, of["utilisation"], of["goodput"]
-        )
+        """Stated, or what the hours train."""
+        of, hours = self.values, self.given_hours(self.values)
+        if self.config.tokens is not None or hours is None:
+            return self.config.tokens or 0.0
+        return tokens_of(hours, self.per_token, self.peak.value, of["utilisation"], of["goodput"])
 
     def run_under(self, of: Mapping[str, float]) -> Run:
-        """The run under other assumptions; hours that are stated stay."""
-        hours = self.config.gpu_hours
+        """The run under other assumptions; hours that are stated stay, and so does a budget."""
+        hours = self.given_hours(of)
         if hours is None:
             hours = hours_of(self.tokens * self.per_token, self.peak.value, of["utilisation"], of["goodput"])
         return price(

@@ -155,7 +155,9 @@ def difference_markdown(found: "Difference") -> str:
     parts.append("## Structure\n\n" + (_table(("", "", *names), changes) if changes else SAME))
     for title in dict.fromkeys(pair.section for pair in found.pairs):
         own = [pair for pair in found.pairs if pair.section == title]
-        parts.append(f"## {title[:1].upper()}{title[1:]}\n\n" + _table(("", *names, "ratio"), map(_pair, own)))
+        parts.append(
+            f"## {title[:1].upper()}{title[1:]}\n\n" + _table(("", *names, "ratio"), map(_pair, own))
+        )
     return "\n\n".join(parts) + "\n"
 
 

@@ -42,7 +42,8 @@ class Report:
     @property
     def is_priced(self) -> bool:
         """Whether the spec says what is trained."""
-        return self.spec.cost.tokens is not None or self.spec.cost.gpu_hours is not None
+        cost = self.spec.cost
+        return any(each is not None for each in (cost.tokens, cost.gpu_hours, cost.budget))
 
     @cached_property
     def pricing(self) -> Pricing:
@@ -130,6 +131,10 @@ class Report:
         found["active, without embeddings"] = _count(active.without_embeddings, "parameters", through)
         if counts.predictor:
             found["predictor"] = _count(counts.predictor, "parameters", "its own, beside the total")
+            stored = counts.predictor + self.folder.copies
+            found["predictor, as stored"] = _count(
+                stored, "parameters", "with the copies of ends that a folder has"
+            )
         for name, number in counts.buffers.items():
             found[f"buffer {name}"] = _count(number, "elements", "saved and not trained")
         told = "two bytes an element, before any window is full"
@@ -181,7 +186,9 @@ class Report:
         for length in CONTEXTS:
             if self.context < length <= longest:
                 longer = 3 * compute.total(compute.forward(self.spec, context=length))
-                found[f"training at {length:,} tokens"] = _flops(longer, self._least("three forwards, causal"))
+                found[f"training at {length:,} tokens"] = _flops(
+                    longer, self._least("three forwards, causal")
+                )
         for name in self.counts.unknown:
             found[f"products of {name}"] = Quantity(
                 value=None, unit="FLOP", definition="its plugin does not say"
@@ -291,6 +298,7 @@ class Report:
         peak = price.peak
         hours = f"{config.goodput:.0%} of the hours count" if config.goodput < 1 else "no hour is lost"
         given = "stated" if config.gpu_hours is not None else f"operations over peak and utilisation; {hours}"
+        given = "what the budget buys, other stages paid" if config.budget is not None else given
         power = hardware.power
         return {
             "tokens": _count(price.tokens, "tokens", "of pre-training"),

@@ -39,7 +39,7 @@ def _cache(spec: Spec) -> float:
 
 
 def _cost(spec: Spec) -> float:
-    if spec.cost.tokens is None or spec.cost.gpu_hours is not None:
+    if spec.cost.tokens is None or spec.cost.gpu_hours is not None or spec.cost.budget is not None:
         raise InputError(
             "--hold cost: needs cost.tokens, and hours that follow from them, not cost.gpu_hours"
         )

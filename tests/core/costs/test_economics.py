@@ -59,6 +59,24 @@ def test_hours_that_tokens_take_train_those_tokens_at_that_utilisation(
     assert by_hours.utilisation.causal == pytest.approx(utilisation, rel=1e-12)
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.floats(1e2, 1e9), st.floats(0.1, 10.0), shares, st.just(0.0) | st.floats(0.1, 40.0))
+def test_money_buys_hours_that_train_tokens_that_cost_that_money(
+    budget: float, rate: float, utilisation: float, other: float
+) -> None:
+    table = {"rate": rate, "utilisation": utilisation, "other_gpu_hours": other, "gpus": 8}
+    if budget / rate <= other:
+        with pytest.raises(InputError, match=r"cost.budget = .*: buys no more than"):
+            Pricing(Spec.load("tiny-llama").with_(cost={**table, "budget": budget}))
+        return
+    bought = Pricing(Spec.load("tiny-llama").with_(cost={**table, "budget": budget}))
+    assert bought.run.rent == pytest.approx(budget, rel=1e-9)
+    assert bought.run.hours == pytest.approx(budget / rate, rel=1e-9)
+    back = Pricing(Spec.load("tiny-llama").with_(cost={**table, "tokens": bought.tokens}))
+    assert back.run.rent == pytest.approx(budget, rel=1e-6)
+    assert back.tokens == bought.tokens
+
+
 def test_money_and_hours_are_proportional_and_so_are_days() -> None:
     one, other = priced(), priced(rate=4.0, gpus=16)
     assert other.run.rent == pytest.approx(2 * one.run.rent)
@@ -255,8 +273,12 @@ def test_what_can_not_be_is_one_clear_error(name: str) -> None:
 
 
 def test_a_price_needs_tokens_or_hours() -> None:
-    with pytest.raises(InputError, match=r"cost.tokens: must be stated, or cost.gpu_hours"):
+    with pytest.raises(InputError, match=r"cost.tokens: must be stated, or cost.gpu_hours, or cost.budget"):
         Pricing(Spec.load("tiny-llama"))
+    with pytest.raises(
+        InputError, match=r"cost.budget: buys the hours of the run, and cost.gpu_hours states them"
+    ):
+        Pricing(Spec.load("tiny-llama").with_(cost={"gpu_hours": 1.0, "budget": 1.0}))
 
 
 def test_the_table_is_of_a_run_and_no_part_of_what_a_model_is() -> None:

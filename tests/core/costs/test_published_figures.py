@@ -54,3 +54,8 @@ def test_dense_rows_of_the_paper_are_shown_as_not_matching() -> None:
 def test_the_page_agrees_with_the_tool() -> None:
     page = (ROOT / "docs" / "deepseek-v3-cost.md").read_text(encoding="utf-8")
     assert page == MADE["page"](), "run: python docs/make_deepseek_v3_cost.py"
+
+
+def test_the_page_with_plots_is_what_the_command_writes() -> None:
+    text = (ROOT / "docs" / "deepseek-v3-cost.html").read_text(encoding="utf-8")
+    assert text == MADE["picture"](), "run: python docs/make_deepseek_v3_cost.py"

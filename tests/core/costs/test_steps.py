@@ -130,7 +130,9 @@ def test_devices_that_share_maps_share_out_tokens_before_experts() -> None:
 @settings(max_examples=5, deadline=None)
 def test_dualpipe_has_two_directions_of_as_many_stages(stages: int) -> None:
     spec = Spec.load("deepseek-v3", [f"parallel.pipeline={stages}", f"cost.gpus={stages * 64}"])
-    with pytest.raises(InputError, match=f"parallel.pipeline = {stages}: must be even under the schedule dualpipe"):
+    with pytest.raises(
+        InputError, match=f"parallel.pipeline = {stages}: must be even under the schedule dualpipe"
+    ):
         layout(spec)
 
 

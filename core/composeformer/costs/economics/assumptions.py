@@ -91,7 +91,8 @@ def assumptions(spec: "Spec") -> dict[str, Assumption]:
     utilisation follows from them.
     """
     facts = facts_of(CostConfig)
-    followed = spec.cost.tokens is not None and spec.cost.gpu_hours is not None
+    given = spec.cost.gpu_hours is not None or spec.cost.budget is not None
+    followed = spec.cost.tokens is not None and given
     data = spec.document.data.get("cost")
     stated = data if isinstance(data, dict) else {}
     own = {each.of: each for each in spec.cost.ranges}
