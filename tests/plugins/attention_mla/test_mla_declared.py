@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import composeformer as cf
-from composeformer.contracts import Cache, Core, Normal
+from composeformer.contracts import Cache, Core, Normal, Saved
 
 PHASES = ("train", "prefill", "decode")
 V3 = {
@@ -35,7 +35,8 @@ def test_the_layer_of_deepseek_v3_by_its_published_sizes(lab):
     }
     assert sum(weight.elements for each in found.walk() for _, weight in each.tensors()) == 187_107_328
     costs = {phase: tuple(found.part.config.cost(found.site, phase)) for phase in PHASES}
-    assert costs["train"] == costs["prefill"]
+    # Training keeps tensors for its backward pass, besides.
+    assert tuple(each for each in costs["train"] if not isinstance(each, Saved)) == costs["prefill"]
     assert costs["train"][0].per_key == 2 * 128 * (192 + 128)
     assert costs["decode"][0].per_key == 278_528
     assert costs["decode"][1].per_token == costs["train"][1].per_token == 576

@@ -73,7 +73,7 @@ def rollback_beyond(case: Case) -> None:
     "reorder",
     "rows that become others go on as those",
     kills="reorder-leaves-the-lengths",
-    examples=16,
+    examples=48,
 )
 def reorder(case: Case) -> None:
     History(case, Sort(reorders=True, padding=True, steps=4)).run()

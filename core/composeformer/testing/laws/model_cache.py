@@ -182,7 +182,7 @@ def floating_bytes(found: object, seen: set[int] | None = None) -> int:
     "generated",
     "greedy text is the best token after each, whether drafted for or not, alone or in a batch",
     kills="every-draft-is-accepted",
-    examples=10,
+    examples=40,
 )
 def generated(case: ModelCase) -> None:
     model = case.model

@@ -57,7 +57,7 @@ def built(case: ModelCase) -> None:
     "counted",
     "declared counts are those of the tensors that are built, by slot, of the predictor, and of buffers",
     kills="a-tied-matrix-counts-twice",
-    examples=10,
+    examples=40,
 )
 def counted(case: ModelCase) -> None:
     counts, model = cost(case.spec), case.model

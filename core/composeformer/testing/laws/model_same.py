@@ -135,7 +135,7 @@ def _twice(once: Any) -> Any:
     "recomputed",
     "activations that are computed again in the backward pass change nothing, counts included",
     kills="load-is-kept-by-the-forward",
-    examples=8,
+    examples=32,
 )
 def recomputed(case: ModelCase) -> None:
     batch = case.batch

@@ -80,10 +80,20 @@ def each_token_alone(case: Case) -> None:
     "wide",
     "it computes in float32 or wider, whatever dtype comes in, and gives that dtype back",
     kills="norm-in-the-dtype-of-its-input",
+    examples=6,
 )
 def wide(case: Case) -> None:
-    dtype = case.choice("of", DTYPES_BY_NAME)
-    x = drawn(case, getattr(torch, dtype), case.choice("offset", (0.0, 4.0, 64.0)))
+    rows, tokens = case.integer("rows", 1, 2), case.integer("tokens", 1, 6)
+    offset, power = case.choice("offset", (0.0, 4.0, 64.0)), case.integer("power", -9, 9)
+    base = case.normal("x", rows, tokens, case.node.site.width, dtype=torch.float64) + offset
+    for dtype in DTYPES:
+        # Whose squares overflow, or vanish, in the dtype itself and not in float32.
+        ends = (9, -9) if dtype == torch.float16 else (50, -50)
+        for each in (*ends, power):
+            _wide(case, (base * 2.0**each).to(dtype))
+
+
+def _wide(case: Case, x: Tensor) -> None:
     case.settle(lambda model, y: normed(case, model, y), x)
     with torch.no_grad():
         found, wanted = normed(case, case.model, x), normed(case, case.judge, x.double())
