@@ -105,12 +105,19 @@ def everything() -> dict[str, Mutant]:
     return MUTANTS
 
 
-def kill(found: Mutant, examples: int | None = None) -> Finding | None:
+# Which values hypothesis draws hangs on the modules that a process has imported: it tries the constants in them. A law
+# that is to tell a mutant is given this many times its cases before another may.
+PATIENCE = 5
+
+
+def kill(found: Mutant) -> Finding | None:
     """What the first law that it breaks says of a mutant: those that name it first. None where it survives."""
     named = laws_to_try(found.subject)
     laws = sorted(named, key=lambda law: (law.kills != found.name, law.id != found.by))
     with found.wrong():
         for law in laws:
+            told = law.kills == found.name or law.id == found.by
+            examples = PATIENCE * law.examples if told else None
             finding = examine(law, found.subject, examples=examples, shrink=False)
             if not finding.held:
                 return finding
