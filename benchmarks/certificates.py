@@ -9,6 +9,7 @@ import argparse
 import json
 import platform
 import sys
+from math import isfinite
 from pathlib import Path
 from time import perf_counter
 
@@ -36,9 +37,9 @@ def main() -> None:
             "law": finding.law,
             "verdict": finding.verdict,
             "cases": finding.cases,
-            "error": float(f"{finding.error:.3g}"),
+            "error": float(f"{finding.error:.3g}") if isfinite(finding.error) else None,
             "bound": float(f"{finding.bound:.3g}"),
-            "share": round(share, 4),
+            "share": round(share, 4) if isfinite(share) else None,
             "seconds": round(finding.seconds, 2),
             "why": finding.why,
         }
