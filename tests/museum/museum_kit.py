@@ -106,8 +106,8 @@ def everything() -> dict[str, Mutant]:
 
 
 # Which values hypothesis draws hangs on the modules that a process has imported: it tries the constants in them. A law
-# that is to tell a mutant is given this many times its cases before another may.
-PATIENCE = 5
+# that is to tell a mutant has its cases drawn from so many seeds before another may.
+PATIENCE = 8
 
 
 def kill(found: Mutant) -> Finding | None:
@@ -117,10 +117,12 @@ def kill(found: Mutant) -> Finding | None:
     with found.wrong():
         for law in laws:
             told = law.kills == found.name or law.id == found.by
-            examples = PATIENCE * law.examples if told else None
-            finding = examine(law, found.subject, examples=examples, shrink=False)
-            if not finding.held:
-                return finding
+            cases = 0
+            for seed in range(PATIENCE if told else 1):
+                finding = examine(law, found.subject, seed=seed, shrink=False)
+                cases += finding.cases
+                if not finding.held:
+                    return attrs.evolve(finding, cases=cases)
     return None
 
 
