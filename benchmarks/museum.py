@@ -32,7 +32,7 @@ def main() -> None:
             "component": f"{mutant.slot} {mutant.kind} ({mutant.implementation})",
             "killed_by": None if finding is None else finding.law,
             "examples": None if finding is None else finding.cases,
-            "why": None if finding is None else finding.why,
+            "why": None if finding is None else finding.why[:160],
             "seconds": round(perf_counter() - begun, 2),
         }
         rows.append(row)
