@@ -25,6 +25,7 @@ from composeformer.testing.case import Case
 from composeformer.testing.drawing import Draw, Drawn, Given
 from composeformer.testing.law import MODEL, Law, LawBroken, find_law, laws_for, model_laws
 from composeformer.testing.models import ModelCase, Models, models
+from composeformer.testing.steady import steady
 from composeformer.testing.subject import Subject, subject
 
 Verdict = Literal["held", "broken", "does not apply"]
@@ -180,7 +181,7 @@ def examine(
         trial.run(Drawn(data, trial.refusals))
 
     try:
-        with poisoned():
+        with poisoned(), steady():
             cases()
     except Unsatisfiable:
         pass

@@ -62,7 +62,7 @@ class _Grouped(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, matrix, ends = ctx.saved_tensors
-        gradient = gradient.contiguous()
+        gradient = _counted(gradient, ends)
         to_x = _rows(gradient, matrix.mT, ends) if ctx.needs_input_grad[0] else None
         to_matrix = _groups(gradient, x, ends) if ctx.needs_input_grad[1] else None
         return to_x, to_matrix, None
@@ -113,5 +113,39 @@ def _one_by_one(x: Tensor, matrix: Tensor, bias: Tensor | None, ends: Tensor) ->
     stops = [0, *ends.tolist()]
     biases = [None] * len(matrix) if bias is None else bias.unbind(0)
     groups = zip(stops[:-1], stops[1:], matrix.unbind(0), biases, strict=True)
+    x = x.contiguous()
     parts = [F.linear(x[start:stop], weight, shift) for start, stop, weight, shift in groups]
-    return torch.cat([*parts, x.new_zeros(len(x) - stops[-1], matrix.shape[1])])
+    y = torch.cat([*parts, x.new_zeros(len(x) - stops[-1], matrix.shape[1])])
+    if not y.is_cpu or torch.compiler.is_compiling():
+        return y
+    found: Tensor = _Counted.apply(y, ends)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Counted(torch.autograd.Function):
+    """The same; the gradient of rows past the last group is zero, whatever it was."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(ends)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (ends,) = ctx.saved_tensors
+        return _counted(gradient, ends), None
+
+
+def _counted(gradient: Tensor, ends: Tensor) -> Tensor:
+    """A gradient row by row in memory, on a CPU with zeros past the last group.
+
+    There a product of bfloat16 reads on past the numbers that it multiplies, and multiplies those by zero: NaN in rows
+    that do not count, or in a column's neighbour, would spoil the weight's gradient (PyTorch 2.13, with AMX).
+    """
+    gradient = gradient.contiguous()
+    if not gradient.is_cpu or torch.compiler.is_compiling():
+        return gradient
+    end = int(ends[-1])
+    if end == len(gradient):
+        return gradient
+    return torch.cat([gradient[:end], gradient.new_zeros(len(gradient) - end, gradient.shape[1])])

@@ -1,6 +1,8 @@
 """What trying laws on a part finds, and that a counterexample fails again."""
 
+import importlib
 import json
+from pathlib import Path
 from typing import Any
 
 import average_plugin as averages
@@ -9,6 +11,7 @@ import pytest
 from composeformer.errors import InputError
 from composeformer.testing import LawBroken, certify, examine, find_law, laws_for, replay, subject, subjects
 from composeformer.testing import certificate as certificates
+from composeformer.testing.drawing import Drawn
 
 CAUSAL = find_law("mixer.causal")
 
@@ -42,6 +45,32 @@ def test_a_part_that_sees_ahead_is_told_with_its_smallest_case(registry: Any) ->
     # It takes two tokens to see one ahead.
     assert (found.values["rows"], found.values["tokens"], found.values["changed"]) == (1, 2, 1)
     assert "[layers.mixer]" in found.spec
+
+
+def test_cases_hang_on_the_seed_and_not_on_what_is_imported(
+    registry: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hypothesis reads constants in modules of the user's, and tries them."""
+    seen: list[Any] = []
+    drawn = Drawn.__call__
+
+    def noted(self: Drawn, label: str, strategy: Any) -> Any:
+        seen.append(drawn(self, label, strategy))
+        return seen[-1]
+
+    monkeypatch.setattr(Drawn, "__call__", noted)
+
+    def values() -> list[Any]:
+        seen.clear()
+        examine(CAUSAL, tried(registry, "average"), examples=60)
+        return list(seen)
+
+    before = values()
+    constants = ", ".join(str(7919 * each) for each in range(1, 200))
+    (tmp_path / "a_users_constants.py").write_text(f"TABLE = [{constants}]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("a_users_constants")
+    assert values() == before
 
 
 def test_a_counterexample_fails_in_the_same_words_again(registry: Any) -> None:

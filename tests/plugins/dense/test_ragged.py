@@ -126,3 +126,23 @@ def test_a_bias_of_many_narrow_rows_has_the_gradient_of_them_all():
     assert fused(x, matrix)
     assert shift.grad is not None
     assert shift.grad[:, 0].tolist() == [600, 40]
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 129), (32, 129), (33, 5), (16, 136)])
+@pytest.mark.parametrize("turned", [False, True], ids=["by rows", "by columns"])
+def test_the_gradients_of_few_rows_do_not_see_those_that_do_not_count(inputs, outputs, turned):
+    """A product of bfloat16 on a CPU reads on behind the rows of a group, and multiplies by zero what is there."""
+    x, gradient = torch.randn(38, inputs).bfloat16(), torch.randn(38, outputs).bfloat16()
+    for used in (1, 2, 33):
+        matrix = torch.randn(1, outputs, inputs).bfloat16().requires_grad_()
+        poisoned, cotangent = x.clone(), gradient.clone()
+        poisoned[used:], cotangent[used:] = torch.nan, torch.nan
+        if turned:
+            poisoned, cotangent = (each.mT.contiguous().mT for each in (poisoned, cotangent))
+        poisoned.requires_grad_()
+        ragged(poisoned, matrix, None, torch.tensor([used])).backward(cotangent)
+        wanted = gradient[:used].double().mT @ x[:used].double()
+        assert matrix.grad is not None
+        assert poisoned.grad is not None
+        assert poisoned.grad.isfinite().all()
+        assert torch.allclose(matrix.grad[0].double(), wanted, rtol=2**-7, atol=2**-7)
