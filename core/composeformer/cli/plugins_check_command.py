@@ -17,9 +17,22 @@ from composeformer.cli.options import console, json_option, plural, print_json, 
 @click.option("--slot", help="The components of this slot alone.")
 @click.option("--examples", type=click.IntRange(min=1), help="Cases of each law; its own number by default.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all cases.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    show_default=True,
+    help="Seconds that a law may take before it counts as broken.",
+)
 @json_option
 def command(
-    plugin: str, only: str | None, slot: str | None, examples: int | None, seed: int, as_json: bool
+    plugin: str,
+    only: str | None,
+    slot: str | None,
+    examples: int | None,
+    seed: int,
+    timeout: float,
+    as_json: bool,
 ) -> int:
     from composeformer.errors import InputError, MissingExtra, one_of
 
@@ -27,20 +40,21 @@ def command(
         import hypothesis  # noqa: F401
     except ImportError:
         raise MissingExtra("hypothesis", "laws", "trying laws") from None
-    from composeformer.testing.certificate import Certificate, certify, laws_to_try
+    from composeformer.testing.certificate import Certificate, trials
     from composeformer.testing.foreign import DIALECT, NAMES, dialect_findings
+    from composeformer.testing.guard import guarded
     from composeformer.testing.models import Models, models
     from composeformer.testing.subject import Subject, subjects
 
     brought = list(subjects(plugin))
     every: list[Subject | Models] = [*brought, *models(plugin)]
     tried = [each for each in every if slot in (None, each.slot)]
-    total = 1 if only else sum(len(laws_to_try(each)) for each in tried)
+    to_try = [] if only == NAMES else trials(tried, only)
     findings = []
     with _nothing_left(), progress("laws") as advance:
-        for finding in certify(tried, examples=examples, seed=seed, only=only) if only != NAMES else ():
+        for finding in guarded(to_try, examples=examples, seed=seed, patience=timeout):
             findings.append(finding)
-            advance(len(findings), total)
+            advance(len(findings), len(to_try))
     if only in (None, NAMES) and slot in (None, DIALECT):
         findings += dialect_findings(plugin)
     if not findings:

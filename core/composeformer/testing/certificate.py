@@ -7,8 +7,9 @@ import pprint
 import textwrap
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from math import isfinite
 from typing import Any, Literal
 
@@ -29,6 +30,9 @@ from composeformer.testing.steady import steady
 from composeformer.testing.subject import Subject, subject
 
 Verdict = Literal["held", "broken", "does not apply"]
+Tried = Subject | Models
+# What is told of each draw: how many cases were tried before this one, and its values so far.
+Watch = Callable[[int, Mapping[str, Any]], None]
 
 
 @attrs.frozen(kw_only=True)
@@ -108,7 +112,7 @@ class Certificate:
 class _Trial:
     """What is remembered over the cases of one law."""
 
-    def __init__(self, law: Law, tried: Subject | Models) -> None:
+    def __init__(self, law: Law, tried: Tried) -> None:
         self.law, self.tried = law, tried
         self.cases = 0
         self.error = self.bound = 0.0
@@ -135,10 +139,16 @@ class _Trial:
 
 
 def examine(
-    law: Law, tried: Subject | Models, *, examples: int | None = None, seed: int = 0, shrink: bool = True
+    law: Law,
+    tried: Tried,
+    *,
+    examples: int | None = None,
+    seed: int = 0,
+    shrink: bool = True,
+    watch: Watch | None = None,
 ) -> Finding:
     """Tries a law on a part, or on whole models, in `examples` cases or the law's own number. Raises nothing that
-    those do wrong.
+    those do wrong. `watch` is told of every draw.
     """
     begun = time.monotonic()
     trial = _Trial(law, tried)
@@ -178,7 +188,7 @@ def examine(
     )
     @hypothesis.given(st.data())
     def cases(data: st.DataObject) -> None:
-        trial.run(Drawn(data, trial.refusals))
+        trial.run(Drawn(data, trial.refusals, None if watch is None else partial(watch, trial.cases)))
 
     try:
         with poisoned(), steady():
@@ -197,20 +207,25 @@ def examine(
     return finding("held")
 
 
-def laws_to_try(tried: Subject | Models) -> tuple[Law, ...]:
+def laws_to_try(tried: Tried) -> tuple[Law, ...]:
     """The laws of a part, or of whole models. Raises InputError for a claim that is no law."""
     return model_laws() if isinstance(tried, Models) else laws_for(tried.component)
 
 
-def certify(
-    tried: Iterable[Subject | Models], *, examples: int | None = None, seed: int = 0, only: str | None = None
-) -> Iterator[Finding]:
-    """Tries every law of every part, or the law `only`. Raises InputError for a law or a claim that there is not."""
+def trials(tried: Iterable[Tried], only: str | None = None) -> list[tuple[Law, Tried]]:
+    """Every law of every part, or the law `only`. Raises InputError for a law or a claim that there is not."""
     wanted = None if only is None else find_law(only)
-    for each in tried:
-        for law in laws_to_try(each):
-            if wanted is None or law is wanted:
-                yield examine(law, each, examples=examples, seed=seed)
+    return [(law, each) for each in tried for law in laws_to_try(each) if wanted is None or law is wanted]
+
+
+def certify(
+    tried: Iterable[Tried], *, examples: int | None = None, seed: int = 0, only: str | None = None
+) -> Iterator[Finding]:
+    """Tries every law of every part, or the law `only`, in this process. Raises InputError for a law or a claim that
+    there is not.
+    """
+    for law, each in trials(tried, only):
+        yield examine(law, each, examples=examples, seed=seed)
 
 
 def replay(

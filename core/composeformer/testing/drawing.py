@@ -3,7 +3,7 @@
 Values are plain data, so that a counterexample can be printed, pasted and replayed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, Protocol
 
 from hypothesis import reject as hypothesis_reject
@@ -23,11 +23,17 @@ class Draw(Protocol):
 
 
 class Drawn:
-    """Values that hypothesis draws. `refusals` gathers why cases were rejected."""
+    """Values that hypothesis draws. `refusals` gathers why cases were rejected; `watch` is told of each draw."""
 
-    def __init__(self, data: "st.DataObject", refusals: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        data: "st.DataObject",
+        refusals: list[str] | None = None,
+        watch: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> None:
         self._data = data
         self._refusals = refusals
+        self._watch = watch
         self.values: dict[str, Any] = {}
 
     def __call__(self, label: str, strategy: "st.SearchStrategy[Any]") -> Any:
@@ -35,6 +41,8 @@ class Drawn:
             raise ValueError(f"a law draws {label!r} twice")
         value = self._data.draw(strategy)
         self.values[label] = value
+        if self._watch is not None:
+            self._watch(self.values)
         return value
 
     def reject(self, why: str) -> NoReturn:
