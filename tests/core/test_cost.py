@@ -1,10 +1,10 @@
 """Costs stated without torch are what is built, cached and counted."""
 
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from composeformer.assemble import build
 from composeformer.costs import cost
 from composeformer.errors import InputError, PluginError
 from composeformer.spec import Spec
@@ -83,6 +83,16 @@ def test_the_document_is_that_of_the_command() -> None:
     document = cost("smollm2-135m").to_dict()
     assert list(document)[:3] == ["name", "fingerprint", "parameters"]
     assert document["unverified"] == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", None])
+def test_a_cache_is_told_as_it_is_allocated(dtype: str | None) -> None:
+    """In the dtype that the policy states; at two bytes an element where none does."""
+    spec = Spec.load("tiny-deepseek-v3").with_(precision={"kind": "full", "dtype": dtype or "bfloat16"})
+    allocated = build(spec, device="meta").new_cache(3, 64).num_bytes
+    plain = Spec.load("tiny-deepseek-v3")
+    counts = cost(plain if dtype is None else spec, context=64)
+    assert 3 * counts.cache_bytes_at_context == 3 * 64 * counts.cache_bytes_per_token == allocated
 
 
 def test_windows_hold_no_more_than_their_width_at_a_context() -> None:

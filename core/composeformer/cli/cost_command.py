@@ -127,7 +127,7 @@ def cost_table(counts: Any, folder: Any = None, layers: Iterable[tuple[str, str]
     if counts.caches_unknown:
         table.add_row("cache", "unknown", escape(f"{', '.join(counts.unknown)}: the plugin does not say"))
     else:
-        table.add_row("cache per token", f"{counts.cache_bytes_per_token:,} B", "at two bytes an element")
+        table.add_row("cache per token", f"{counts.cache_bytes_per_token:,} B", f"at {counts.cached_as}")
         at = f"one sequence of {counts.flops_per_token.context:,} tokens; windows hold their width"
         table.add_row("", f"{counts.cache_bytes_at_context:,} B", at)
     flops = counts.flops_per_token

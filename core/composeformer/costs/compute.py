@@ -17,9 +17,8 @@ from collections.abc import Iterable, Mapping
 import attrs
 
 from composeformer.contracts import Cache, Core, Phase, Uses
-from composeformer.costs.counts import component, stated, unknown
+from composeformer.costs.counts import UNSTATED, activation_bytes, component, stated, unknown
 from composeformer.errors import InputError
-from composeformer.formats import BITS
 from composeformer.plan import Node
 from composeformer.spec import Spec
 
@@ -38,8 +37,6 @@ class Work:
     def __add__(self, other: "Work") -> "Work":
         return Work(linear=self.linear + other.linear, core=self.core + other.core)
 
-
-UNSTATED = 2.0  # bytes of an element where no precision is stated
 
 NOTHING = Work(linear=0.0, core=0.0)
 
@@ -114,11 +111,6 @@ def attention_intensity(spec: Spec) -> dict[str, float]:
         if bytes_:
             found[component(node)] = sum(c.per_key for c in costs if isinstance(c, Core)) / bytes_
     return found
-
-
-def activation_bytes(spec: Spec) -> float:
-    """Bytes of an element of the residual stream, and of caches."""
-    return BITS[spec.formats.activations] / 8 if "precision" in spec.document.data else UNSTATED
 
 
 def _nodes(spec: Spec, predictor: bool) -> Iterable[Node]:

@@ -4,7 +4,8 @@ Definitions, which every printed number follows:
 - `total`: elements of all parameters; a tied matrix once, buffers and the predictor apart.
 - `active`: the parameters one token passes through, in the three conventions found in the wild; a tied
   matrix is the head's product, so only the last convention leaves it out.
-- `cache`: at two bytes an element; per token before any window is full, and of one sequence at the context.
+- `cache`: in the precision policy's dtype of activations, two bytes an element where a spec states no policy; per
+  token before any window is full, and of one sequence at the context.
 - `flops`: two per multiply-add, matrix products only; a router's, like a norm's, are left out, and so is
   the look-up of embeddings. Attention sees half of the square when causal. Training is three forwards.
 """
@@ -18,11 +19,13 @@ from composeformer.blame import blame, described
 from composeformer.config import Config
 from composeformer.contracts import SUBLAYERS, Cache, Core, Cost, Phase, Uses
 from composeformer.errors import InputError, PluginError, one_of
+from composeformer.formats import BITS
 from composeformer.plan import Node
 from composeformer.spec import Spec
 
 DEFAULT_CONTEXT = 4096
-CACHE_BYTES = 2  # an element, unless a policy says otherwise
+UNSTATED = 2  # bytes of an element where no precision is stated
+SIZES = {1: "one byte", 2: "two bytes", 4: "four bytes", 8: "eight bytes"}
 
 
 @attrs.frozen(kw_only=True)
@@ -47,8 +50,8 @@ class Flops:
 
 @attrs.frozen(kw_only=True)
 class Counts:
-    """What a spec is and needs, in elements, bytes and operations; `unknown` are components that do not say what they
-    compute and cache: it is in none of these.
+    """What a spec is and needs, in elements, bytes and operations; caches in elements of the size `cached_as`.
+    `unknown` are components that do not say what they compute and cache: it is in none of these.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Counts:
     buffers: Mapping[str, int]
     cache_bytes_per_token: int
     cache_bytes_at_context: int
+    cached_as: str
     flops_per_token: Flops
     unverified: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
@@ -109,7 +113,7 @@ def cost(spec: "Spec | str", *, context: int | None = None, causal: bool = True)
     embedding = sum(parameters(node) for node in plan.embedding.walk())
     head = sum(parameters(node) for node in plan.head.walk())
     tied = any(name in plan.aliases for node in plan.head.walk() for name, _ in node.tensors())
-    silent = unknown(spec)
+    silent, width = unknown(spec), activation_bytes(spec)
     convention = ("causal" if causal else "full mask") + ", GEMMs only"
     forward = sum(flops(node, length, causal) for node in main)
     ends = {"embedding": plan.embedding, "head": plan.head}
@@ -129,8 +133,9 @@ def cost(spec: "Spec | str", *, context: int | None = None, causal: bool = True)
             without_embeddings=active - embedding - head,
         ),
         buffers=_buffers(main),
-        cache_bytes_per_token=CACHE_BYTES * sum(cached(node) for node in main),
-        cache_bytes_at_context=CACHE_BYTES * sum(held(node, length) for node in main),
+        cache_bytes_per_token=width * sum(cached(node) for node in main),
+        cache_bytes_at_context=width * sum(held(node, length) for node in main),
+        cached_as=f"{SIZES[width]} an element",
         flops_per_token=Flops(
             context=length,
             forward=forward,
@@ -141,6 +146,11 @@ def cost(spec: "Spec | str", *, context: int | None = None, causal: bool = True)
         unverified=spec.unverified,
         unknown=silent,
     )
+
+
+def activation_bytes(spec: Spec) -> int:
+    """Bytes of an element of the residual stream, and of caches."""
+    return BITS[spec.formats.activations] // 8 if "precision" in spec.document.data else UNSTATED
 
 
 def component(node: Node) -> str:

@@ -137,7 +137,7 @@ class Report:
             )
         for name, number in counts.buffers.items():
             found[f"buffer {name}"] = _count(number, "elements", "saved and not trained")
-        told = "two bytes an element, before any window is full"
+        told = f"{counts.cached_as}, before any window is full"
         found["cache of a token"] = self._cached(counts.cache_bytes_per_token, told)
         at = f"one sequence of {self.context:,} tokens; windows hold their width"
         found["cache of a sequence"] = self._cached(counts.cache_bytes_at_context, at)

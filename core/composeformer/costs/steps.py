@@ -18,8 +18,7 @@ from functools import cached_property
 import attrs
 
 from composeformer.contracts import Core, Uses
-from composeformer.costs.compute import UNSTATED, activation_bytes, component
-from composeformer.costs.counts import stated
+from composeformer.costs.counts import UNSTATED, activation_bytes, component, stated
 from composeformer.costs.hardware import Hardware
 from composeformer.costs.layout import Layout
 from composeformer.costs.traffic import Traffic

@@ -19,8 +19,7 @@ import attrs
 
 from composeformer.contracts import Exchange
 from composeformer.costs import topology
-from composeformer.costs.compute import activation_bytes
-from composeformer.costs.counts import stated
+from composeformer.costs.counts import activation_bytes, stated
 from composeformer.costs.figures import Figure
 from composeformer.costs.hardware import Hardware
 from composeformer.costs.layout import Layout
@@ -106,7 +105,7 @@ class Traffic:
                         tokens=-(-self.tokens // self.placed.tensor),
                         groups=groups.pop(),
                         ranks=self.placed.expert,
-                        activation=int(activation_bytes(self.spec)),
+                        activation=activation_bytes(self.spec),
                         nodes=self._limit(node),
                     )
                 )

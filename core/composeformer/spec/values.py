@@ -15,7 +15,9 @@ FORMAT = 1
 
 
 def values(spec: "Spec") -> Iterator[tuple[str, object, Source]]:
-    """Each value once, by dotted path: what the document states, then the defaults of what is used."""
+    """Each value once, by dotted path: what the document states, then the defaults of what is used. A price is used
+    where the document has one.
+    """
     document = spec.document
     stated = dict(leaves(document.data))
     for path, value in stated.items():
@@ -44,7 +46,8 @@ def _frame(spec: "Spec") -> Iterator[tuple[Path, object]]:
     yield from _fields(("model",), spec.model)
     yield from _fields(("train",), spec.train)
     yield from _fields(("parallel",), spec.parallel)
-    yield from _fields(("cost",), spec.cost)
+    if "cost" in spec.document.data:
+        yield from _fields(("cost",), spec.cost)
     sole: dict[str, object] = {}
     for slot in SUBLAYERS:
         names = spec.named[slot]

@@ -194,6 +194,14 @@ def test_sources_are_file_and_line_setting_or_default(tmp_path: Path) -> None:
     assert sources["model.init_std"] == sources["train.steps"] == "default"
 
 
+def test_values_of_a_price_are_listed_where_one_is_stated() -> None:
+    """A spec that says nothing of cost is not told by thirty assumptions of one."""
+    for changes, listed in (([], False), (["cost.rate=3"], True)):
+        found = {path: str(source) for path, _, source in Spec.load("tiny-llama", changes).values()}
+        assert any(path.startswith("cost.") for path in found) == listed
+        assert found.get("cost.pue") == ("default" if listed else None)
+
+
 def test_show_prints_every_value_with_its_source() -> None:
     text = run("show", "tiny-llama", "--values", "--json", "--set", "norm.rms.eps=0.5")
     document = json.loads(text)

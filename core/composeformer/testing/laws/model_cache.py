@@ -153,12 +153,12 @@ def cache_bytes(case: ModelCase) -> None:
         took.append(floating_bytes(cache))
         case.equal(cache.num_bytes, wanted[-1], f"num_bytes for {length} tokens")
         counts = cost(case.spec, context=length)
-        case.equal(counts.cache_bytes_at_context * width // 2, wanted[-1], "cache_bytes_at_context")
+        case.equal(rows * counts.cache_bytes_at_context, wanted[-1], "cache_bytes_at_context")
     # A slot that is never read may be there besides.
     case.require(took[0] >= wanted[0], f"holds {took[0]} bytes, declares {wanted[0]}")
     case.equal(took[1] - took[0], wanted[1] - wanted[0], f"bytes that {more - tokens} more tokens take")
     per_token = cost(case.spec).cache_bytes_per_token
-    case.equal(per_token, 2 * sum(each.per_token for each in told), "cache_bytes_per_token")
+    case.equal(per_token, case.dtype.itemsize * sum(each.per_token for each in told), "cache_bytes_per_token")
 
 
 def floating_bytes(found: object, seen: set[int] | None = None) -> int:
