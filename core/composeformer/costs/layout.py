@@ -5,7 +5,7 @@ then stages. A stage holds consecutive layers, as many as the others or one more
 head and a predictor in the last, with a copy of the embedding where the predictor or a tied head needs it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 
 import attrs
@@ -98,6 +98,22 @@ class Layout:
         stages[-1] += [plan.residual, plan.head]
         stages[-1] += [] if plan.predictor is None else [plan.predictor]
         return tuple(tuple(stage) for stage in stages)
+
+    def device_stages(self, stage: int) -> tuple[int, ...]:
+        """The stages whose weights a device of this one holds: under DualPipe those of both directions."""
+        both = self.spec.parallel.schedule == "dualpipe" and self.pipeline > 1
+        return (stage, self.pipeline - 1 - stage) if both else (stage,)
+
+    @cached_property
+    def holders(self) -> Mapping[str, int]:
+        """Of every tensor, how many devices of different stages hold it. Under DualPipe the first and the last stage
+        are on the same, and what they share is there once (arXiv 2412.19437, section 3.2.3).
+        """
+        found: dict[str, set[int]] = {}
+        for stage in range(self.pipeline):
+            for held in self.held(stage):
+                found.setdefault(held.name, set()).add(min(self.device_stages(stage)))
+        return {name: len(stages) for name, stages in found.items()}
 
     def held(self, stage: int) -> Iterator[Held]:
         """Every tensor of a stage, as one of its devices holds it; what it shares with another stage as a copy."""

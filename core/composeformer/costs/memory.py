@@ -183,7 +183,7 @@ def _stage(
     return Memory(
         stage=stage,
         parameters=parameters,
-        weights=sum(_weights(spec, placed, each) for each in _stages(spec, stage, placed.pipeline)),
+        weights=_weights(spec, placed, stage),
         gathered=max(units.values(), default=0.0) if zero >= 3 and placed.devices > 1 else 0.0,
         gradients=gradients,
         master=master,
@@ -196,23 +196,18 @@ def _stage(
     )
 
 
-def _stages(spec: Spec, stage: int, stages: int) -> tuple[int, ...]:
-    """The stages whose weights a device holds: under DualPipe those of both directions."""
-    both = spec.parallel.schedule == "dualpipe" and stages > 1
-    return (stage, stages - 1 - stage) if both else (stage,)
-
-
 def _weights(spec: Spec, placed: Layout, stage: int) -> float:
-    """Bytes of a stage's weights on one device, as they are gathered, or as codes and scales that do not train."""
-    found = 0.0
-    for held in placed.held(stage):
+    """Bytes of the weights on one device, as they are gathered, or as codes and scales that do not train: those of a
+    stage, or of two, of which what they share is there once.
+    """
+    found: dict[str, float] = {}
+    for held in (held for each in placed.device_stages(stage) for held in placed.held(each)):
         form = spec.formats.tensors[held.name]
         if held.weight.trains:
             bytes_ = _bytes(form.gather) if form.codec is None else form.bits / 8
-            found += (
-                held.elements * bytes_ / (held.replicas if placed.zero >= 3 and form.codec is None else 1)
-            )
-    return found
+            shared = held.replicas if placed.zero >= 3 and form.codec is None else 1
+            found[held.name] = held.elements * bytes_ / shared
+    return sum(found.values())
 
 
 def _bytes(dtype: str) -> float:

@@ -5,6 +5,7 @@ all-reduce 2 (R - 1) / R of its bytes, a reduce-scatter or an all-gather half of
 of it over the links between them, somewhere; the device there is the one that is told.
 
     gradients    reduced over replicas, once a step; with ZeRO the updated weights are gathered after it
+    copies       gradients of what several stages hold (a tied embedding, that of a predictor), summed over them
     weights      gathered for each forward and backward pass, where replicas share them (ZeRO-3)
     activations  summed over the devices that share a linear map, twice a sublayer in each direction; gathered from
                  those among which tokens were shared out before experts
@@ -30,7 +31,7 @@ from composeformer.formats import BITS
 from composeformer.plan import Node
 from composeformer.spec import Spec
 
-Purpose = Literal["experts", "gradients", "weights", "activations", "stages"]
+Purpose = Literal["experts", "gradients", "copies", "weights", "activations", "stages"]
 
 
 @attrs.frozen(kw_only=True)
@@ -67,7 +68,7 @@ class Traffic:
     @cached_property
     def sent(self) -> tuple[Sent, ...]:
         """Everything, by purpose and link; what is nothing is left out."""
-        found = [*self._experts(), *self._reduced(), *self._activations(), *self._stages()]
+        found = [*self._experts(), *self._reduced(), *self._copies(), *self._activations(), *self._stages()]
         return tuple(each for each in found if each.bytes)
 
     @property
@@ -146,6 +147,16 @@ class Traffic:
             spread = self.placed.stage_devices
             yield self._ring("gradients", gradients * (2 if zero == 0 else 1), spread)
             yield self._ring("weights", weights * (0, 1, 1, passes)[zero], spread)
+
+    def _copies(self) -> Iterator[Sent]:
+        """Once a step: whole gradients, or where replicas share the optimizer's state, what each has of them."""
+        moved = 0.0
+        for held in self.placed.held(self.stage):
+            form, stages = self.spec.formats.tensors[held.name], self.placed.holders[held.name]
+            if held.weight.trains and form.codec is None:
+                own = held.elements / (held.replicas if self.placed.zero else 1)
+                moved += 2 * (stages - 1) / stages * own * BITS[form.gradient] / 8
+        yield self._ring("copies", moved, self.placed.devices)
 
     def _activations(self) -> Iterator[Sent]:
         tensor = self.placed.tensor

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from composeformer.contracts import Exchange
-from composeformer.costs import compute
+from composeformer.costs import compute, memory
 from composeformer.costs.counts import stated
 from composeformer.costs.hardware import load
 from composeformer.costs.layout import Layout, layout
@@ -90,6 +90,61 @@ def test_rings_of_replicas_send_their_share() -> None:
     assert moved(0) == {"gradients": 2 * half}
     assert moved(1) == moved(2) == {"gradients": half, "weights": half}
     assert moved(3) == {"gradients": half, "weights": 4 * half}
+
+
+@pytest.mark.parametrize(
+    ("precision", "gathered", "summed"),
+    [
+        ({"kind": "fp8-block"}, 4, 4),
+        ({"kind": "fp8-block", "weights": "bfloat16"}, 2, 2),
+        ({"kind": "bf16"}, 2, 4),
+    ],
+)
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_rings_move_what_the_policy_declares(
+    precision: dict[str, str], gathered: int, summed: int, zero: int
+) -> None:
+    """Weights of linear maps as they are gathered, gradients as they are summed; what is sensitive in fp32."""
+    run = {"cost.gpus": 2, "train.batch_size": 4, "parallel.zero": zero}
+    spec = Spec.load("tiny-llama").with_(run, precision=precision)
+    maps = sum(
+        linear.weight.elements for role, linear in spec.plan.linears.items() if role != "head.projection"
+    )
+    others = 4 * (Report(spec).counts.total - maps)
+    weights, gradients = gathered * maps + others, summed * maps + others
+    sent = {each.purpose: each.bytes for each in Traffic(spec, layout(spec), H800, 0).sent}
+    assert sent["gradients"] == (gradients if zero == 0 else gradients / 2)
+    assert sent.get("weights", 0) == {0: 0, 1: weights / 2, 3: weights}[zero]
+    (held,) = memory.training(spec)
+    assert (held.weights, held.gradients) == (
+        (weights / 2, gradients / 2) if zero == 3 else (weights, gradients)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "tied", "copied"),
+    [
+        ("tiny-llama", True, 256 * 64),
+        ("tiny-llama", False, 0),
+        ("tiny-deepseek-v3", False, 256 * 64),
+        ("tiny-deepseek-v3", True, 256 * 64),
+    ],
+)
+def test_stages_that_hold_the_same_sum_its_gradients(name: str, tied: bool, copied: int) -> None:
+    """A tied matrix, or the embedding that a predictor reads: of both ends, an all-reduce in fp32."""
+    run = ["parallel.pipeline=3", "cost.gpus=6", "train.batch_size=2", "train.sequence_length=16"]
+    run.append(f"model.tie_embeddings={str(tied).lower()}")
+
+    def moved(*changes: str) -> list[float]:
+        spec = Spec.load(name, [*run, *changes])
+        found = [Traffic(spec, layout(spec), H800, stage).sent for stage in range(spec.parallel.pipeline)]
+        return [sum(each.bytes for each in sent if each.purpose == "copies") for sent in found]
+
+    assert moved("parallel.zero=0") == [4 * copied, 0, 4 * copied]
+    # Of what replicas share out, each sums its part.
+    assert moved("parallel.zero=1") == [2 * copied, 0, 2 * copied]
+    # Both are on one device, and its copy is one.
+    assert moved("parallel.pipeline=2", "cost.gpus=4", "parallel.schedule=dualpipe") == [0, 0]
 
 
 def test_devices_that_share_maps_sum_their_outputs() -> None:
