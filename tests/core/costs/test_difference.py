@@ -1,7 +1,7 @@
 """Two specs side by side: every change is told, ratios are of the numbers, and the factors multiply to the whole."""
 
 import json
-import sys
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from composeformer.cli import main
 from composeformer.costs.difference import Difference
 from composeformer.costs.pricing import Pricing
 from composeformer.costs.printing import difference_markdown
@@ -97,29 +96,19 @@ def test_hours_that_can_not_have_trained_the_tokens_are_refused() -> None:
         _ = Pricing(spec).utilisation
 
 
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["compose", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
-
-
 def test_the_command_prints_every_form(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], headline: Difference
+    compose: Callable[..., tuple[int, str, str]], headline: Difference
 ) -> None:
     both = ("diff", "deepseek-v3", "llama-3.1-405b")
-    code, out, _ = run(monkeypatch, capsys, *both)
+    code, out, _ = compose(*both)
     assert code == 0
     assert "11.57 times the hours" in out
     assert "10.103 x 1.054 x 1.086 = 11.57" in out
-    code, out, _ = run(monkeypatch, capsys, *both, "--json")
+    code, out, _ = compose(*both, "--json")
     found = json.loads(out)
     assert (code, round(found["hours"], 2)) == (0, 11.57)
     assert {change["what"] for change in found["changes"]} == {"added", "removed", "changed"}
-    assert run(monkeypatch, capsys, *both, "--markdown")[:2] == (0, difference_markdown(headline))
-    code, out, err = run(monkeypatch, capsys, "diff", "deepseek-v3", "no-such-spec")
+    assert compose(*both, "--markdown")[:2] == (0, difference_markdown(headline))
+    code, out, err = compose("diff", "deepseek-v3", "no-such-spec")
     assert (code, out) == (2, "")
     assert "no-such-spec" in err

@@ -1,7 +1,7 @@
 """The page of a report: whole, loads nothing, and says every number; its plots are drawn to scale."""
 
 import re
-import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from composeformer.cli import main
 from composeformer.costs.page import page
 from composeformer.costs.plots import LEFT, RIGHT, WIDTH, Bar, Line, bars, lines
 from composeformer.costs.printing import shown
@@ -91,23 +90,12 @@ def test_lines_stay_within_the_picture(points: list[tuple[float, float]], log: b
             assert 0 <= y <= 320
 
 
-def test_the_command_writes_the_page(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_the_command_writes_the_page(compose: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     file = tmp_path / "cost.html"
-    monkeypatch.setattr(sys, "argv", ["compose", "cost", "tiny-llama", "--html", str(file)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code in (0, None)
-    assert capsys.readouterr().out == f"wrote {file}\n"
+    assert compose("cost", "tiny-llama", "--html", str(file)) == (0, f"wrote {file}\n", "")
     assert file.read_text(encoding="utf-8") == page(Report(Spec.load("tiny-llama")))
-    monkeypatch.setattr(
-        sys, "argv", ["compose", "cost", "tiny-llama", "--html", str(tmp_path / "no" / "cost.html")]
-    )
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    code, _, err = compose("cost", "tiny-llama", "--html", str(tmp_path / "no" / "cost.html"))
+    assert (code, err.count("\n")) == (2, 1)
 
 
 def test_bars_from_nothing_are_on_a_plain_scale_and_none_are_no_error() -> None:

@@ -3,12 +3,12 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from composeformer.cli import main
 from composeformer.costs import hardware
 from composeformer.costs.breakdown import alike
 from composeformer.costs.printing import document, markdown, money, shown
@@ -111,12 +111,9 @@ def test_owning_has_a_range_beside_renting_and_both_hold_what_was_done_again(rep
         assert report.ranges[name].p5 < value < report.ranges[name].p95
 
 
-def test_ranges_are_of_the_seed_that_is_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ranges_are_of_the_seed_that_is_told(compose: Callable[..., tuple[int, str, str]]) -> None:
     found = [
-        json.loads(run(monkeypatch, capsys, "cost", "deepseek-v3", "--json", "--seed", seed)[1])
-        for seed in ("0", "1", "1")
+        json.loads(compose("cost", "deepseek-v3", "--json", "--seed", seed)[1]) for seed in ("0", "1", "1")
     ]
     assert [each["seed"] for each in found] == [0, 1, 1]
     assert found[1] == found[2]
@@ -128,7 +125,7 @@ ODD = "<script>alert(1)</script> [bold]x|[/nope]"
 
 
 def test_odd_names_break_no_form_of_a_report(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    compose: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     """Brackets are markup in a terminal, bars end a cell in Markdown, tags run in a page: names are only names."""
     profile = (Path(hardware.__file__).parents[1] / "hardware" / "h100.toml").read_text()
@@ -138,19 +135,19 @@ def test_odd_names_break_no_form_of_a_report(
     told = json.dumps(ODD)
     priced = f"[cost]\ntokens = 1e9\nhardware = {json.dumps(str(tmp_path / 'odd-hardware.toml'))}\n"
     spec.write_text(f'extends = "tiny-llama"\nname = {told}\n{priced}')
-    code, out, err = run(monkeypatch, capsys, "cost", str(spec))
+    code, out, err = compose("cost", str(spec))
     assert (code, err) == (0, "")
     assert f"{ODD}: cost" in out
-    assert json.loads(run(monkeypatch, capsys, "cost", str(spec), "--json")[1])["name"] == ODD
-    text = run(monkeypatch, capsys, "cost", str(spec), "--markdown")[1]
+    assert json.loads(compose("cost", str(spec), "--json")[1])["name"] == ODD
+    text = compose("cost", str(spec), "--markdown")[1]
     assert "<script>" not in text.replace("\\<", "")
     rows = [line.replace("\\|", "") for line in text.splitlines() if line.startswith("| ")]
     assert all(line.endswith(" |") for line in rows)
     page = tmp_path / "page.html"
-    assert run(monkeypatch, capsys, "cost", str(spec), "--html", str(page))[0] == 0
+    assert compose("cost", str(spec), "--html", str(page))[0] == 0
     assert "<script>" not in page.read_text()
-    assert run(monkeypatch, capsys, "diff", str(spec), "tiny-llama")[0] == 0
-    assert run(monkeypatch, capsys, "diff", str(spec), str(spec))[0] == 0
+    assert compose("diff", str(spec), "tiny-llama")[0] == 0
+    assert compose("diff", str(spec), str(spec))[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -171,44 +168,32 @@ def test_a_quantity_is_written_with_its_unit(value: Any, unit: str, told: str) -
     assert shown(Quantity(value=value, unit=unit, definition="it")) == told
 
 
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["compose", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
-
-
-def test_the_command_prints_every_form(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], report: Report
-) -> None:
-    assert run(monkeypatch, capsys, "cost", "deepseek-v3", "--markdown")[:2] == (0, markdown(report))
-    code, out, _ = run(monkeypatch, capsys, "cost", "deepseek-v3")
+def test_the_command_prints_every_form(compose: Callable[..., tuple[int, str, str]], report: Report) -> None:
+    assert compose("cost", "deepseek-v3", "--markdown")[:2] == (0, markdown(report))
+    code, out, _ = compose("cost", "deepseek-v3")
     assert code == 0
     for told in ("249.8 GFLOP", "$5.58M", "38.94%", "what it depends on", "the rent of the same run"):
         assert told in out
-    code, out, _ = run(monkeypatch, capsys, "cost", "tiny-llama")
+    code, out, _ = compose("cost", "tiny-llama")
     assert "to price a run, state cost.tokens" in out
-    code, out, err = run(monkeypatch, capsys, "cost", "tiny-llama", "--json", "--markdown")
+    code, out, err = compose("cost", "tiny-llama", "--json", "--markdown")
     assert (code, out) == (2, "")
     assert "choose one" in err
 
 
 @pytest.mark.parametrize("command", [("cost", "tiny-llama"), ("diff", "deepseek-v3", "tiny-llama")])
 def test_a_context_beyond_the_models_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+    compose: Callable[..., tuple[int, str, str]], command: tuple[str, ...]
 ) -> None:
     told = "compose: context = 513: must be <= max_position_embeddings (512)\n"
-    assert run(monkeypatch, capsys, *command, "--context", "513") == (2, "", told)
-    assert run(monkeypatch, capsys, *command, "--context", "512")[0] == 0
+    assert compose(*command, "--context", "513") == (2, "", told)
+    assert compose(*command, "--context", "512")[0] == 0
 
 
 def test_a_stated_context_beyond_the_models_is_told_without_a_price_too(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    compose: Callable[..., tuple[int, str, str]],
 ) -> None:
-    code, out, err = run(monkeypatch, capsys, "cost", "tiny-llama", "--set", "cost.context=513")
+    code, out, err = compose("cost", "tiny-llama", "--set", "cost.context=513")
     assert (code, out) == (2, "")
     assert err == "compose: cost.context = 513: must be <= max_position_embeddings (512)\n"
 
@@ -226,9 +211,9 @@ def test_a_stated_context_beyond_the_models_is_told_without_a_price_too(
     ],
 )
 def test_what_can_not_be_priced_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], setting: str, told: str
+    compose: Callable[..., tuple[int, str, str]], setting: str, told: str
 ) -> None:
-    code, out, err = run(monkeypatch, capsys, "cost", "deepseek-v3", "--set", setting)
+    code, out, err = compose("cost", "deepseek-v3", "--set", setting)
     assert (code, out) == (2, "")
     assert told in err
     assert err.count("\n") == 1
@@ -254,9 +239,9 @@ def test_every_key_of_the_document_is_documented(report: Report) -> None:
 
 
 def test_doctor_lists_the_devices_that_a_price_can_be_of(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    compose: Callable[..., tuple[int, str, str]],
 ) -> None:
-    code, out, _ = run(monkeypatch, capsys, "doctor", "--json")
+    code, out, _ = compose("doctor", "--json")
     told = {row["what"]: row for row in json.loads(out)["checks"] if row["what"].startswith("profile ")}
     assert code == 0
     assert set(told) == {f"profile {name}" for name in hardware.shipped()}

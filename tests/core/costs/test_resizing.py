@@ -1,7 +1,7 @@
 """A resized spec is as near to what is held as whole multiples allow, and is a spec that can be used."""
 
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from composeformer.cli import main
 from composeformer.costs import cost
 from composeformer.costs.resizing import HELD, read_swap, resize
 from composeformer.errors import ComposeError, InputError
@@ -138,32 +137,22 @@ def test_a_swap_is_a_file_or_a_table(tmp_path: Path) -> None:
         read_swap(f"mixer={tmp_path / 'none.toml'}")
 
 
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["compose", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
-
-
 def test_the_command_writes_a_spec_that_can_be_used(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    compose: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     new = tmp_path / "new.toml"
     sizes = "num_heads = 4, kv_lora_rank = 16, qk_nope_head_dim = 16, qk_rope_head_dim = 8, v_head_dim = 16"
     swap = f'mixer={{kind = "mla", {sizes}}}'
     given = ("resize", "tiny-llama", "--swap", swap, "--hold", "flops")
-    code, out, _ = run(monkeypatch, capsys, *given, "-o", str(new))
+    code, out, _ = compose(*given, "-o", str(new))
     assert code == 0
     assert "training operations of a token: " in out
     assert Spec.load(new).plan.layers[0]["mixer"].part.kind == "mla"
-    code, out, err = run(monkeypatch, capsys, *given, "-o", str(new))
+    code, out, err = compose(*given, "-o", str(new))
     assert (code, out) == (2, "")
     assert "exists already" in err
-    code, out, err = run(monkeypatch, capsys, *given)
+    code, out, err = compose(*given)
     assert Spec.from_toml(out).fingerprint == Spec.load(new).fingerprint
     assert "becomes" in err
-    code, out, _ = run(monkeypatch, capsys, *given, "--json")
+    code, out, _ = compose(*given, "--json")
     assert json.loads(out)["held"] == "flops"
