@@ -47,7 +47,8 @@ def sums(case: Case) -> None:
     """
     maps = Maps(case, groups=False, bias=False, content="even", inputs=LONG, rows=(3, 301))
     linear = maps.linear()
-    size = 2.0 ** case.integer("exponent", -6, 6)
+    # The sums of 301 such products are to be within float16.
+    size = 2.0 ** case.integer("exponent", -6, 3 if maps.half else 6)
     x, g = (torch.where(each < 0, -size, size).to(each.dtype) for each in (maps.x, maps.cotangent))
     x[:, ::2] = g[:, ::2] = size
     found = maps.run(linear, x, g)
@@ -82,7 +83,8 @@ def bias(case: Case) -> None:
         outputs=(16, 7),
     )
     linear = maps.linear()
-    size = 2.0 ** case.integer("exponent", -6, 6)
+    # The sums of 301 such products are to be within float16.
+    size = 2.0 ** case.integer("exponent", -6, 3 if maps.half else 6)
     g = torch.where(maps.cotangent.isnan(), maps.cotangent, torch.full_like(maps.cotangent, size))
     found = maps.run(linear, torch.zeros_like(maps.x), g)
     shift = linear.bias.detach().double()
