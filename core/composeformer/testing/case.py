@@ -215,6 +215,10 @@ class Case:
 
         `run(model, x)` computes the part in any model of the spec.
         """
+        self.condition = self.conditioned(run, x)
+
+    def conditioned(self, run: Run, x: Tensor) -> Condition:
+        """The condition at x, for a comparison there."""
         judge = self.judge
         exact = x.detach().to(torch.float64) if x.is_floating_point() else x
         plain = self.gradients(judge, lambda y: run(judge, y), exact)
@@ -242,7 +246,7 @@ class Case:
                     p.copy_(kept[name])
         if not max(output, gradients) <= WORST_CONDITION:
             self.draw.reject(f"it magnifies a relative change {max(output, gradients):.3g} times")
-        self.condition = Condition(output=max(1.0, output), gradients=max(1.0, gradients))
+        return Condition(output=max(1.0, output), gradients=max(1.0, gradients))
 
     @staticmethod
     def _magnified(found: Mapping[str, Tensor], plain: Mapping[str, Tensor]) -> float:
@@ -266,12 +270,29 @@ class Case:
         terms: int = 0,
         scale: float | None = None,
         stages: int = 0,
+        where: Callable[[], Condition] | None = None,
     ) -> None:
         """A tensor, or each of a mapping (gradients, by name), within the bound of two right computations.
 
         `terms` are those that sums have beyond the part's own linear maps: keys, tokens. Errors are relative to the
-        largest magnitude of the tensor, or to `scale`.
+        largest magnitude of the tensor, or to `scale`. `where` measures the condition at what is compared, where that
+        is another place than the case's: it is asked if the case's is not enough.
         """
+        kept = self.condition, self.error, self.bound
+        try:
+            self._close(found, wanted, told, terms, scale, stages)
+        except LawBroken:
+            if where is None:
+                raise
+            self.error, self.bound = kept[1:]
+            self.condition = where()
+            self._close(found, wanted, told, terms, scale, stages)
+        finally:
+            self.condition = kept[0]
+
+    def _close(
+        self, found: Any, wanted: Any, told: str, terms: int, scale: float | None, stages: int
+    ) -> None:
         if isinstance(wanted, Mapping):
             if found.keys() != wanted.keys():
                 odd = sorted({*found} ^ {*wanted})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from composeformer.decoder import Model
 from composeformer.model_cache import ModelCache
-from composeformer.testing.case import Case
+from composeformer.testing.case import Case, Condition
 
 SHORT, LONG = 9, (33, 65, 130)
 ROWS, CHUNK = 3, 4
@@ -205,10 +205,16 @@ class History:
             alone = torch.stack([record.tokens[i] for i in own])[None]
             wanted = mix(self.case, self.case.model, alone, **told)[0]
             last = [place for place, each in enumerate(new) if each == document]
+
+            def here(alone: Tensor = alone, told: dict[str, Any] = told) -> Condition:
+                with torch.enable_grad():
+                    return self.case.conditioned(lambda model, x: mix(self.case, model, x, **told), alone)
+
             self.case.close(
                 found[last],
                 wanted[len(own) - len(last) :],
                 "new tokens beside the whole document",
                 terms=len(own),
                 scale=float(wanted.abs().max()),
+                where=here,
             )

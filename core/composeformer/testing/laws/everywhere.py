@@ -3,6 +3,8 @@
 Shapes: B rows, T tokens, D features.
 """
 
+from typing import Any
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,7 +39,7 @@ def reference(case: Case) -> None:
     exact = x.double() if x.is_floating_point() else x
     wanted = case.gradients(case.judge, lambda y: call(case, case.judge, y), exact)
     whole = terms_of(*roots)
-    more = {"terms": whole.terms + x.shape[0] * x.shape[1], "stages": whole.stages}
+    more: dict[str, Any] = {"terms": whole.terms + x.shape[0] * x.shape[1], "stages": whole.stages}
     for name, model in _served(case).items():
         phases = case.subject.implementation.phases if model is case.model else ("train",)
         for phase in phases:
