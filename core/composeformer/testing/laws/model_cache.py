@@ -15,6 +15,7 @@ from composeformer.contracts import Cache
 from composeformer.costs import cost
 from composeformer.costs.counts import stated
 from composeformer.decoder import Model
+from composeformer.errors import InputError
 from composeformer.generation import generate
 from composeformer.model_cache import ModelCache
 from composeformer.testing.models import ModelCase, model_law
@@ -130,6 +131,38 @@ def cached(case: ModelCase) -> None:
     case.agree(
         {f"row {n}": torch.stack(row.logits) for n, row in enumerate(rows)}, wanted, "through the cache"
     )
+
+
+@model_law(
+    "overdrawn",
+    "forgetting more tokens than a row has, fewer than none, or more than a cache was made for is refused, and changes"
+    " nothing",
+    kills="rows-are-forgotten-below-zero",
+    examples=12,
+)
+def overdrawn(case: ModelCase) -> None:
+    rows, most = case.integer("rows", 1, 3), case.integer("max_rollback", 1, 4)
+    lengths = [case.integer(f"length {n}", 0, 5) for n in range(rows)]
+    ids, more = case.ids("ids", rows, max(*lengths, 1)), case.ids("more", rows, 2)
+    valid = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
+    wrong = case.integer("row", 0, rows - 1)
+    counts = [case.integer(f"count {n}", 0, min(most, length)) for n, length in enumerate(lengths)]
+    allowed = min(most, lengths[wrong])
+    counts[wrong] = case.choice("count", [-1, allowed + 1, allowed + 1, most + 1])
+    found = []
+    for tried in (False, True):
+        with torch.no_grad():
+            cache = case.model.new_cache(rows, ids.shape[1] + 2, most)
+            case.model(ids, valid=valid, cache=cache)
+            refused = not tried
+            if tried:
+                try:
+                    cache.rollback(torch.tensor(counts))
+                except InputError:
+                    refused = True
+            case.require(refused, f"rows of {lengths} tokens, of which {most} may go, forget {counts}")
+            found.append(case.model(more, cache=cache).logits)
+    case.equal(found[1], found[0], f"logits after a refusal to forget {counts} of {lengths}")
 
 
 @model_law(
