@@ -21,7 +21,7 @@ from composeformer.plan import Node
 from composeformer.spec import Spec, inherit
 from composeformer.spec.document import from_data
 from composeformer.tensors import DTYPES
-from composeformer.testing.bounds import FLOOR, Terms, coarser, gap, size, terms_of
+from composeformer.testing.bounds import FLOOR, Terms, coarser, gap, roundoff, size, terms_of
 from composeformer.testing.drawing import Draw
 from composeformer.testing.frame import frames
 from composeformer.testing.law import LawBroken
@@ -33,6 +33,8 @@ PRECISIONS = ("float64", "float32", "bfloat16")
 # Cases that magnify a relative change this much say nothing: a tie between experts is about to turn.
 WORST_CONDITION = 1e4
 STEP = 2.0**-24
+# How much larger than a rounding the changes are that must turn no choice, and in how many ways they are tried.
+WIDER, WAYS = 8, 6
 
 Run = Callable[[Model, Tensor], Tensor]
 
@@ -217,8 +219,8 @@ class Case:
         """
         self.condition = self.conditioned(run, x)
 
-    def conditioned(self, run: Run, x: Tensor) -> Condition:
-        """The condition at x, for a comparison there."""
+    def conditioned(self, run: Run, x: Tensor, step: float = STEP, ways: int = 2) -> Condition:
+        """The condition at x, for a comparison there: by relative changes of about `step`, in so many random ways."""
         judge = self.judge
         exact = x.detach().to(torch.float64) if x.is_floating_point() else x
         plain = self.gradients(judge, lambda y: run(judge, y), exact)
@@ -228,19 +230,19 @@ class Case:
 
         def moved(tensor: Tensor) -> Tensor:
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            return (tensor.detach().to(torch.float64) * (1 + STEP * noise)).to(tensor.dtype)
+            return (tensor.detach().to(torch.float64) * (1 + step * noise)).to(tensor.dtype)
 
         kept = {name: p.detach().clone() for name, p in judge.named_parameters()}
         output = gradients = 0.0
-        for _ in range(2):
+        for _ in range(ways):
             with torch.no_grad():
                 for name, p in judge.named_parameters():
                     if p.dtype == torch.float64:
                         p.copy_(moved(kept[name]))
             there = moved(exact) if exact.is_floating_point() else exact
             found = self.gradients(judge, lambda y: run(judge, y), there)
-            output = max(output, self._magnified({"output": found["output"]}, plain))
-            gradients = max(gradients, self._magnified(found, plain))
+            output = max(output, self._magnified({"output": found["output"]}, plain) / step)
+            gradients = max(gradients, self._magnified(found, plain) / step)
             with torch.no_grad():
                 for name, p in judge.named_parameters():
                     p.copy_(kept[name])
@@ -248,11 +250,23 @@ class Case:
             self.draw.reject(f"it magnifies a relative change {max(output, gradients):.3g} times")
         return Condition(output=max(1.0, output), gradients=max(1.0, gradients))
 
+    def unturned(self, run: Run, x: Tensor, terms: Terms) -> None:
+        """Rejects a settled case in which several roundings of a narrow dtype change more than their bound: a choice
+        turns, be it of the largest of some numbers, or of which of two is the larger.
+        """
+        unit = roundoff(self.dtype)
+        if unit <= roundoff(torch.float32):
+            return
+        found, bound = self.conditioned(run, x, WIDER * unit, WAYS), terms.error(self.dtype) / (WIDER * unit)
+        settled = self.condition
+        if found.output > bound * settled.output or found.gradients > bound * settled.gradients:
+            self.draw.reject("a rounding turns a choice")
+
     @staticmethod
     def _magnified(found: Mapping[str, Tensor], plain: Mapping[str, Tensor]) -> float:
         floor = FLOOR * size({n: t for n, t in plain.items() if n != "output"})
         scales = {n: max(size(plain[n]), floor if n != "output" else 0.0) for n in found if n in plain}
-        return max((gap(found[n], plain[n]) / STEP / s for n, s in scales.items() if s), default=0.0)
+        return max((gap(found[n], plain[n]) / s for n, s in scales.items() if s), default=0.0)
 
     # What must hold
 

@@ -39,6 +39,7 @@ def reference(case: Case) -> None:
     exact = x.double() if x.is_floating_point() else x
     wanted = case.gradients(case.judge, lambda y: call(case, case.judge, y), exact)
     whole = terms_of(*roots)
+    case.unturned(lambda model, y: call(case, model, y), x, whole)
     more: dict[str, Any] = {"terms": whole.terms + x.shape[0] * x.shape[1], "stages": whole.stages}
     for name, model in _served(case).items():
         phases = case.subject.implementation.phases if model is case.model else ("train",)
@@ -101,7 +102,8 @@ def _flops_apply(subject: Subject) -> str | None:
 @law(
     EVERYWHERE,
     "flops",
-    "declared products are those that PyTorch counts, with a full mask; of a constant core, at most",
+    "declared products are those that PyTorch counts, with a full mask; of a constant core, and of experts that a "
+    "token might choose and does not, at most",
     kills="core-counts-one-product",
     applies=_flops_apply,
     examples=6,
@@ -110,17 +112,28 @@ def flops(case: Case) -> None:
     x = entering(case)
     tokens = x.shape[1]
     linears, least, most = 0.0, 0.0, 0.0
-    for node in (each for root in entered(case) for each in root.walk()):
+    nodes = [each for root in entered(case) for each in root.walk()]
+    for node in nodes:
         linears += sum(linear.flops for linear in node.linears.values())
         for core in (each for each in stated(node, "train") if isinstance(each, Core)):
             if core.window is not None and core.window < tokens:
                 case.draw.reject("a window is narrower than the mask")
             most += core.flops(tokens, causal=False)
             least += core.flops(tokens, causal=False) - core.constant
+    nobody: list[bool] = []
+    for node in nodes:
+        if node.slot == "router":
+            experts = node.site.sizes["num_experts"]
+            case.judge.get_submodule(node.path).register_forward_hook(
+                lambda _, given, routing, none=experts: nobody.append(bool((routing.indices >= none).any()))
+            )
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call(case, case.judge, x.double() if x.is_floating_point() else x)
+    if any(nobody):  # who chooses fewer experts takes fewer products
+        stacks = [linear for node in nodes for linear in node.linears.values() if linear.groups is not None]
+        least -= sum(linear.flops for linear in stacks)
     found = counter.get_total_flops() / x.shape[0] / tokens
     told = f"a token of {tokens} takes {found:g} operations; declared are {linears + least:g}"
     if most > least:
-        told += f", and at most {most - least:g} more in constant cores"
+        told += f", and at most {most - least:g} more"
     case.require(linears + least <= found <= linears + most, told)

@@ -193,9 +193,9 @@ def initial(case: Case) -> None:
             continue
         std = case.spec.model.init_std if weight.init is None else getattr(weight.init, "std", 0.0)
         if isinstance(weight.init, Constant):
-            case.equal(
-                value, torch.full_like(value, weight.init.value), f"{name}, which starts as a constant"
-            )
+            # In fp32, as all initial values, whatever they are cast to.
+            wanted = torch.full(value.shape, weight.init.value, dtype=torch.float32).to(value.dtype)
+            case.equal(value, wanted, f"{name}, which starts as a constant")
         if not std:
             continue
         groups = value.double() / std if value.ndim == 3 else value.double()[None] / std

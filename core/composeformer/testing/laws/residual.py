@@ -15,6 +15,7 @@ from torch import Tensor
 from composeformer.assemble import in_dtype
 from composeformer.contracts import SUBLAYERS
 from composeformer.decoder import Model
+from composeformer.errors import SpecError
 from composeformer.tensors import NO_AUX, Aux, Batch, Output
 from composeformer.testing.bounds import size
 from composeformer.testing.case import Case
@@ -73,11 +74,14 @@ def drawn(case: Case) -> Tensor:
 )
 def calls_each_once(case: Case) -> None:
     lacking = case.choice("lacking", (None, *SUBLAYERS))
-    data = case.data
+    model = case.model
     if lacking is not None:
-        layers = [{**layer, lacking: False} for layer in data["layers"]]
-        data = {**data, "layers": layers}
-    model = case.built(in_dtype(case.spec_of(data), case.spec.formats.activations))
+        layers = [{**layer, lacking: False} for layer in case.data["layers"]]
+        try:
+            spec = case.spec_of({**case.data, "layers": layers})
+        except SpecError as error:
+            case.draw.reject(str(error.problems[0]))
+        model = case.built(in_dtype(spec, case.spec.formats.activations))
     names = [name for name in SUBLAYERS if name != lacking]
     x = drawn(case)
     called: list[str] = []
