@@ -64,6 +64,9 @@ def drawn(case: Case, rows: int, tokens: int, label: str = "") -> tuple[Tensor, 
 def alike(case: Case, found: Loss, wanted: Loss, logits: Tensor, batch: Batch, told: str) -> None:
     """Within what rounding may do to the sum and to the gradient; weights are equal. `logits` and `batch` are those of
     `wanted`, at which the condition is measured in float64.
+
+    A loss is the logarithm of a sum that is no less than one, and its gradient a probability less one: where those
+    nearly vanish, what rounding leaves of them is of the size of one.
     """
     case.equal(found.weight.double(), wanted.weight.double(), f"{told}: the weight")
     exact = logits.detach().double()
@@ -78,9 +81,10 @@ def alike(case: Case, found: Loss, wanted: Loss, logits: Tensor, batch: Batch, t
             gradients = max(gradients, gap(there.gradient, plain.gradient) / STEP / size(plain.gradient))
     made_of = Terms(terms=vocabulary(case) + logits.shape[0] * logits.shape[1], stages=STAGES)
     wide = torch.promote_types(case.dtype, torch.float32)
-    case.within(gap(found.sum, wanted.sum), made_of.error(wide) * sums * size(plain.sum), f"{told}: the sum")
+    whole = max(size(plain.sum), logits.shape[0] * logits.shape[1])
+    case.within(gap(found.sum, wanted.sum), made_of.error(wide) * sums * whole, f"{told}: the sum")
     # Each of the two has its own rounding in the dtype of logits.
-    bound = made_of.error(case.dtype) * gradients * size(plain.gradient)
+    bound = made_of.error(case.dtype) * gradients * max(size(plain.gradient), 1.0)
     case.within(gap(found.gradient, wanted.gradient), bound, f"{told}: the gradient")
 
 
