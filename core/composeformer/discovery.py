@@ -44,7 +44,9 @@ def canonical(name: str) -> str:
 
 def find(entry_points: Iterable[EntryPoint] | None = None) -> list[Candidate]:
     """The installed plugins, or those given: composeformer's own first, then by name; each once."""
-    found = _installed() if entry_points is None else (_candidate(e, e.dist) for e in entry_points)
+    found = (
+        _installed() if entry_points is None else (c for e in entry_points for c in _candidates([e], e.dist))
+    )
     unique: dict[tuple[str, str], Candidate] = {}
     for candidate in found:
         unique.setdefault((canonical(candidate.distribution), candidate.name), candidate)
@@ -103,7 +105,7 @@ def _installed() -> Iterator[Candidate]:
         except Exception as error:
             yield _unreadable(first, error)
         else:
-            yield from (_candidate(point, first) for point in points)
+            yield from _candidates(points, first)
 
 
 def _names_group(found: Distribution) -> bool:
@@ -134,18 +136,23 @@ def _unreadable(owner: Distribution, error: Exception) -> Candidate:
     )
 
 
-def _candidate(point: EntryPoint, owner: Distribution | None) -> Candidate:
+def _candidates(points: Iterable[EntryPoint], owner: Distribution | None) -> list[Candidate]:
+    # Every question about a distribution parses its metadata again.
     name = (_field(owner, "Name") if owner else None) or "unnamed distribution"
+    version = _field(owner, "Version") if owner else None
     requires, refusal = (None, None) if owner is None or canonical(name) == BUILTIN else _requirement(owner)
-    return Candidate(
-        name=point.name,
-        distribution=name,
-        version=_field(owner, "Version") if owner else None,
-        value=point.value,
-        entry_point=point,
-        requires=requires,
-        refusal=refusal,
-    )
+    return [
+        Candidate(
+            name=point.name,
+            distribution=name,
+            version=version,
+            value=point.value,
+            entry_point=point,
+            requires=requires,
+            refusal=refusal,
+        )
+        for point in points
+    ]
 
 
 def _field(owner: Distribution, key: str) -> str | None:

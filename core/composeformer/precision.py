@@ -117,10 +117,17 @@ class Formats:
             held = self.tensors[target]
             if role in linears:
                 own = self.of(role, linears[role].weight, linears[role])
-                kept = {field: getattr(held, field) for field in ("storage", "codec", "gather", "gradient", "moment")}
+                kept = {
+                    field: getattr(held, field)
+                    for field in ("storage", "codec", "gather", "gradient", "moment")
+                }
                 held = attrs.evolve(own, **kept, why=f"{own.why}; the tensor is {target}")
             found[name] = held
         return found
+
+    def at(self, name: str) -> Format:
+        """The format of a tensor of the plan, or of another name of one."""
+        return self.tensors[name] if name in self.tensors else self.shared[name]
 
     def trains(self, name: str) -> bool:
         """Whether a tensor of the plan is a parameter: it was declared to train, and is not stored as codes."""
@@ -203,7 +210,10 @@ class Formats:
             if any(name in self.plan.tensors for name in names):
                 continue
             linear = self.plan.linears.get(names[0].rpartition(".")[0])
-            if linear is not None and self.of(names[0].rpartition(".")[0], linear.weight, linear).codec is not None:
+            if (
+                linear is not None
+                and self.of(names[0].rpartition(".")[0], linear.weight, linear).codec is not None
+            ):
                 told = f"stores codes, but {names[0]} is the tensor {self.plan.aliases[names[0]]}, stored as that is"
                 yield Problem(f"rules.{number}.format", self.rules[number].format.kind, told)
 

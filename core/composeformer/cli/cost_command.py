@@ -6,7 +6,16 @@ from typing import Any
 
 import click
 
-from composeformer.cli.options import SPEC, SPEC_HELP, big, console, json_option, print_json, set_option
+from composeformer.cli.options import (
+    SPEC,
+    SPEC_HELP,
+    big,
+    console,
+    json_option,
+    print_json,
+    set_option,
+    uncollected,
+)
 
 
 @click.command("cost", help=f"What a spec is, needs and costs, every number with its definition. {SPEC_HELP}")
@@ -44,6 +53,7 @@ def command(
 
     if as_json and as_markdown:
         raise click.UsageError("--json and --markdown are two documents; choose one")
+    click.get_current_context().with_resource(uncollected())
     report = Report(Spec.load(spec, settings), context=context, seed=seed, precisions=precisions)
     if html is not None:
         from composeformer.costs.page import page

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from composeformer.cli.options import SPEC, SPEC_HELP, console, json_option, print_json
+from composeformer.cli.options import SPEC, SPEC_HELP, console, json_option, print_json, uncollected
 
 
 @click.command(
@@ -26,6 +26,7 @@ def command(first: str, second: str, context: int | None, as_markdown: bool, as_
 
     if as_json and as_markdown:
         raise click.UsageError("--json and --markdown are two documents; choose one")
+    click.get_current_context().with_resource(uncollected())
     found = Difference(Spec.load(first), Spec.load(second), context=context)
     if as_json:
         print_json(found.to_dict())

@@ -1,5 +1,7 @@
 """Options and printing that several commands share."""
 
+import atexit
+import gc
 import json
 import os
 import sys
@@ -68,6 +70,27 @@ def json_option(function: F) -> F:
         callback=_only_json,
         help="Print exactly one JSON document on stdout.",
     )(function)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the collector of cycles, for a command that keeps all it makes until it has printed it: what is left goes
+    with the process, and nobody looks through it first.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    atexit.register(_leave)
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _leave() -> None:
+    # The tensor plane's libraries count what they find left of theirs, and say so.
+    if "torch" not in sys.modules:
+        gc.freeze()
 
 
 _STDOUT = "composeformer.stdout"

@@ -149,6 +149,4 @@ def _tensors(saved: Saved, node: Node, how: Training) -> Iterator[Tensor]:
 
 
 def _form(node: Node, name: str) -> Format:
-    formats = node.site.spec.formats
-    full = f"{node.path}.{node.linears[name].weight.name}"
-    return formats.tensors[full] if full in formats.tensors else formats.shared[full]
+    return node.site.spec.formats.at(f"{node.path}.{node.linears[name].weight.name}")

@@ -81,13 +81,13 @@ def _written(transfers: list[Transfer], spec: Spec) -> Iterator[tuple[str | None
     for each in transfers:
         if each.ours is not None:
             dtype = stored[each.ours.names[0]].dtype
-            count = sum(map(len, each.theirs.parts))
+            count = each.theirs.count
             yield dtype, sum(map(prod, each.theirs.shapes)), count, False
             if count == 1 and each.theirs.names[0] in shared:
                 moved[each.theirs.names[0]] = dtype, prod(each.theirs.shapes[0])
     for each in copies:
         dtype, elements = moved[each.same_as]
-        count = len(each.theirs.names)
+        count = each.theirs.count
         yield dtype, elements * count, count, True
 
 

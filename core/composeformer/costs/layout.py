@@ -115,8 +115,15 @@ class Layout:
                 found.setdefault(held.name, set()).add(min(self.device_stages(stage)))
         return {name: len(stages) for name, stages in found.items()}
 
-    def held(self, stage: int) -> Iterator[Held]:
+    def held(self, stage: int) -> tuple[Held, ...]:
         """Every tensor of a stage, as one of its devices holds it; what it shares with another stage as a copy."""
+        return self._held_by_stage[stage]
+
+    @cached_property
+    def _held_by_stage(self) -> tuple[tuple[Held, ...], ...]:
+        return tuple(tuple(self._walk(stage)) for stage in range(self.pipeline))
+
+    def _walk(self, stage: int) -> Iterator[Held]:
         own: set[str] = set()
         aliases: dict[str, None] = {}
         for top in self.stages[stage]:

@@ -10,6 +10,7 @@ from functools import cached_property
 
 import attrs
 
+from composeformer.costs import compute
 from composeformer.costs.counts import Counts, cost
 from composeformer.costs.economics import (
     Assumption,
@@ -83,7 +84,6 @@ class Pricing:
         self.assumptions: dict[str, Assumption] = assumptions(spec)
         self.peak = self.hardware.peak(self.config.peak)
         self.counts = cost(spec, context=self.config.context) if counts is None else counts
-        self.full = cost(spec, context=self.counts.flops_per_token.context, causal=False)
         self.values = {name: each.value for name, each in self.assumptions.items()}
         if (hours := self.given_hours(self.values)) is not None and hours <= 0:
             told = f"buys no more than the {self.config.other_gpu_hours:,.0f} hours of cost.other_gpu_hours"
@@ -143,6 +143,7 @@ class Pricing:
         achieved = self.tokens * self.per_token / seconds
         peak = self.peak.value
         scale = achieved / self.per_token / peak
+        full = compute.forward(self.spec, context=self.counts.flops_per_token.context, causal=False)
         with_predictor = None
         if self.counts.predictor:
             with_predictor = self.counts.flops_per_token.training_with_predictor * scale
@@ -155,7 +156,7 @@ class Pricing:
         return Utilisation(
             achieved=achieved,
             causal=achieved / peak,
-            full_mask=self.full.flops_per_token.training * scale,
+            full_mask=3 * compute.total(full) * scale,
             with_predictor=with_predictor,
             of_other_peaks=others,
         )

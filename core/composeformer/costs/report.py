@@ -10,7 +10,7 @@ from composeformer.costs import breakdown, compute, memory
 from composeformer.costs.counts import Counts, cost
 from composeformer.costs.economics import Assumption, Quantiles, Swing
 from composeformer.costs.folders import Checkpoint, by_precision, checkpoint
-from composeformer.costs.layout import layout
+from composeformer.costs.layout import Layout, layout
 from composeformer.costs.pricing import Pricing, Sensitivity
 from composeformer.costs.quantities import Quantity, Section, scaled
 from composeformer.costs.steps import Steps
@@ -58,6 +58,11 @@ class Report:
     def layers(self) -> list[int]:
         """Parameters of each layer."""
         return breakdown.by_layer(self.spec)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Which device holds what. Raises InputError where devices can not be divided so."""
+        return layout(self.spec)
 
     @cached_property
     def folder(self) -> Checkpoint:
@@ -218,7 +223,7 @@ class Report:
         return found
 
     def _memory(self) -> Section:
-        placed = layout(self.spec)
+        placed = self.layout
         found = memory.largest(memory.training(self.spec, placed, context=self.context))
         where = (
             "of all"
@@ -260,7 +265,7 @@ class Report:
         train = self.spec.document.data.get("train")
         if not (isinstance(train, dict) and "batch_size" in train):
             return {}
-        hardware, placed = self.pricing.hardware, layout(self.spec)
+        hardware, placed = self.pricing.hardware, self.layout
         step = Steps(self.spec, placed, hardware).slowest
         traffic = step.traffic
         where = (

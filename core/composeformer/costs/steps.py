@@ -21,7 +21,7 @@ from composeformer.contracts import Core, Uses
 from composeformer.costs.counts import UNSTATED, activation_bytes, component, stated
 from composeformer.costs.hardware import Hardware
 from composeformer.costs.layout import Layout
-from composeformer.costs.traffic import Traffic
+from composeformer.costs.traffic import Traffic, links
 from composeformer.errors import InputError
 from composeformer.formats import BITS
 from composeformer.plan import Node
@@ -97,6 +97,7 @@ class Steps:
 
     def __init__(self, spec: Spec, placed: Layout, hardware: Hardware) -> None:
         self.spec, self.placed, self.hardware = spec, placed, hardware
+        self.cluster = links(hardware)
         train, length = spec.train, spec.model.max_position_embeddings
         if train.sequence_length > length:
             told = f"must be <= max_position_embeddings ({length})"
@@ -112,7 +113,7 @@ class Steps:
         return max(steps, key=lambda step: step.exposed)
 
     def _stage(self, stage: int) -> Step:
-        traffic = Traffic(self.spec, self.placed, self.hardware, stage)
+        traffic = Traffic(self.spec, self.placed, self.hardware, stage, self.cluster)
         roofs: dict[str, Roof] = {}
         for node, times in self._computed(stage):
             roof = self._roof(node, times * traffic.tokens)
@@ -140,8 +141,8 @@ class Steps:
         formats, width, known = self.spec.formats, activation_bytes(self.spec), self._is_stated
         passes = 3 * self.spec.train.micro_batches
         operations = moved = seconds = 0.0
-        for name, linear in node.linears.items():
-            form = formats.of(f"{node.path}.{name}", linear.weight, linear)
+        for linear in node.linears.values():
+            form = formats.at(f"{node.path}.{linear.weight.name}")
             # Devices that share maps share out a token's features, or the tokens themselves before experts.
             shared = 1 if linear.shard is None else self.placed.tensor
             work = 3.0 * tokens * linear.flops / shared

@@ -12,6 +12,7 @@ of it over the links between them, somewhere; the device there is the one that i
     stages       the residual stream, and its gradient back, for each token
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, Literal
@@ -45,10 +46,15 @@ class Sent:
 
 
 class Traffic:
-    """Of the devices of one stage. Raises InputError where tokens can not be shared out, or experts not exchanged."""
+    """Of the devices of one stage, on the links of `cluster`, by default those of the hardware. Raises InputError where
+    tokens can not be shared out, or experts not exchanged.
+    """
 
-    def __init__(self, spec: Spec, placed: Layout, hardware: Hardware, stage: int) -> None:
-        self.spec, self.placed, self.hardware, self.stage = spec, placed, hardware, stage
+    def __init__(
+        self, spec: Spec, placed: Layout, hardware: Hardware, stage: int, cluster: Topology | None = None
+    ) -> None:
+        self.spec, self.placed, self.stage = spec, placed, stage
+        self.cluster = links(hardware) if cluster is None else cluster
         train = spec.train
         if train.batch_size % placed.data:
             told = f"must be a multiple of the replicas ({placed.data}): devices with tokens of their own"
@@ -58,12 +64,6 @@ class Traffic:
     def tokens(self) -> int:
         """Of one device in one step."""
         return self.spec.train.batch_size // self.placed.data * self.spec.train.sequence_length
-
-    @cached_property
-    def cluster(self) -> Topology:
-        """Its links: the profile of the hardware's name where one is shipped, else the hardware's own numbers."""
-        name = self.hardware.name
-        return topology.load(name) if name in topology.shipped() else of_hardware(self.hardware)
 
     @cached_property
     def sent(self) -> tuple[Sent, ...]:
@@ -93,26 +93,29 @@ class Traffic:
     def _experts(self) -> Iterator[Sent]:
         if self.placed.expert == 1:
             return
-        whole = Ledger()
         config: Any = self.spec.single("comm").config
+        # Most layers are alike, and what a backend expects of one takes time.
+        alike: Counter[tuple[tuple[Exchange, ...], int, int | None]] = Counter()
         for node in self._nodes():
-            moved = [cost for cost in stated(node, "train") if isinstance(cost, Exchange)]
+            moved = tuple(cost for cost in stated(node, "train") if isinstance(cost, Exchange))
             groups = {linear.groups for linear in node.linears.values() if linear.shard == "group"}
             if moved and groups:
-                whole.update(
-                    config.expected(
-                        moved,
-                        # Of devices that share maps, each sends a part of their tokens.
-                        tokens=-(-self.tokens // self.placed.tensor),
-                        groups=groups.pop(),
-                        ranks=self.placed.expert,
-                        activation=activation_bytes(self.spec),
-                        nodes=self._limit(node),
-                    )
-                )
-        links: tuple[Link, ...] = ("intra", "inter")
-        for link in links:
-            moved_bytes = float(whole.volume(link=link).sent)
+                alike[moved, groups.pop() or 1, self._limit(node)] += 1
+        found: list[tuple[Ledger, int]] = []
+        for (moved, experts, limit), layers in alike.items():
+            ledger: Ledger = config.expected(
+                moved,
+                # Of devices that share maps, each sends a part of their tokens.
+                tokens=-(-self.tokens // self.placed.tensor),
+                groups=experts,
+                ranks=self.placed.expert,
+                activation=activation_bytes(self.spec),
+                nodes=limit,
+            )
+            found.append((ledger, layers))
+        classes: tuple[Link, ...] = ("intra", "inter")
+        for link in classes:
+            moved_bytes = float(sum(layers * ledger.volume(link=link).sent for ledger, layers in found))
             yield Sent(
                 purpose="experts",
                 link=link,
@@ -180,6 +183,12 @@ class Traffic:
         size = self.tokens * self.spec.model.hidden_size * activation_bytes(self.spec)
         ends = (self.stage > 0) + (self.stage < self.placed.pipeline - 1)
         yield self._ring("stages", ends * size, 2 * self.placed.stage_devices)
+
+
+def links(hardware: Hardware) -> Topology:
+    """The profile of the hardware's name where a topology of it is shipped, else the hardware's own numbers."""
+    name = hardware.name
+    return topology.load(name) if name in topology.shipped() else of_hardware(hardware)
 
 
 def of_hardware(hardware: Hardware) -> Topology:

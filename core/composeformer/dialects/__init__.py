@@ -24,7 +24,7 @@ How weights are stored as codes, and what `quantization_config` says of it, is n
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -42,20 +42,24 @@ log = logging.getLogger(__name__)
 
 def load_all() -> tuple[Dialect, ...]:
     """The dialects of all plugins. One that can not be read is reported and left out."""
-    return _loaded(current())
+    return tuple(_each(current()))
+
+
+def _each(plugins: Plugins) -> Iterator[Dialect]:
+    """The same, each read when it is reached."""
+    found = (_read(plugins, place) for place in range(len(plugins.dialect_files)))
+    return (dialect for dialect in found if dialect is not None)
 
 
 @cache
-def _loaded(plugins: Plugins) -> tuple[Dialect, ...]:
-    dialects = []
-    for file in plugins.dialect_files:
-        try:
-            text = file.read_text(encoding="utf-8")
-            if not is_coding(text):
-                dialects.append(Dialect(text, file.name))
-        except (DialectError, OSError, UnicodeDecodeError) as error:
-            log.warning("dialect %s is left out: %s", file.name, error)
-    return tuple(dialects)
+def _read(plugins: Plugins, place: int) -> Dialect | None:
+    file = plugins.dialect_files[place]
+    try:
+        text = file.read_text(encoding="utf-8")
+        return None if is_coding(text) else Dialect(text, file.name)
+    except (DialectError, OSError, UnicodeDecodeError) as error:
+        log.warning("dialect %s is left out: %s", file.name, error)
+        return None
 
 
 def find(config: Mapping[str, Any]) -> Dialect:
@@ -79,7 +83,8 @@ def expressing(spec: Spec, first: str | None = None) -> tuple[Dialect, dict[str,
     Raises DialectError with the reasons of those that come nearest, and the others' names.
     """
     reasons: dict[str, Sequence[str]] = {}
-    for dialect in sorted(load_all(), key=lambda each: each.name != first):
+    asked = _each(current()) if first is None else sorted(load_all(), key=lambda each: each.name != first)
+    for dialect in asked:
         if dialect.source == "huggingface":
             try:
                 return dialect, dialect.to_config(spec)

@@ -109,7 +109,7 @@ class Template:
         filled = ["" if index in hole.names else str(hole.integer(names)) for hole in self.holes]
         values = iter(filled)
         pieces = _HOLE.sub(lambda _: next(values) or "\0", self.text).split("\0")
-        return tuple(str(i).join(pieces) for i in range(size))
+        return tuple([str(i).join(pieces) for i in range(size)])
 
 
 def _allowed(node: ast.expr, text: str) -> None:

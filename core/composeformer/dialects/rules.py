@@ -5,7 +5,8 @@ follow from them.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from math import prod
 from typing import TYPE_CHECKING, Literal
 
@@ -37,7 +38,12 @@ class Side:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name for part in self.parts for name in part)
+        return tuple(chain.from_iterable(self.parts))
+
+    @property
+    def count(self) -> int:
+        """Of the names."""
+        return sum(map(len, self.parts))
 
     def tensor_shapes(self) -> dict[str, Shape]:
         """The shape of each tensor by name."""
@@ -102,18 +108,23 @@ def expand(family: Family, spec: "Spec", values: Values) -> list[Transfer]:
     total = 0
     for line in family.tensors:
         for each in _expand(line, values, plan):
-            total += len(each.theirs.names)
+            total += each.theirs.count
             if total > MAX_TENSORS:
                 raise DialectError(_too_many(family.name))
             transfers.append(each)
-    made = Counter(name for t in transfers if t.ours is not None for name in t.ours.names)
-    theirs = Counter(name for t in transfers if t.kind == "move" for name in t.theirs.names)
+    made = _counted(t.ours for t in transfers if t.ours is not None)
+    theirs = _counted(t.theirs for t in transfers if t.kind == "move")
     problems = [f"{name}: {family.name} has no tensor for it" for name in plan if name not in made]
     problems += [f"{name}: two lines fill it" for name, count in made.items() if count > 1]
     problems += [f"{name}: two lines read it" for name, count in theirs.items() if count > 1]
     if problems:
         raise DialectError(*cut(problems))
     return transfers
+
+
+def _counted(sides: Iterable[Side]) -> Counter[str]:
+    """How often each name is in these: of large models there are tens of thousands."""
+    return Counter(chain.from_iterable(part for side in sides for part in side.parts))
 
 
 def _too_many(where: str) -> str:

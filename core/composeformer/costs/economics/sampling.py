@@ -4,7 +4,7 @@ Draws are a Latin hypercube (McKay, Beckman and Conover, Technometrics 21, 239, 
 equally likely strata once, in an order of its own, which takes far fewer draws than independent ones.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import exp, log
 from random import Random
 from statistics import NormalDist
@@ -59,12 +59,11 @@ def sampled(
             continue
         strata = [(index + random.random()) / samples for index in range(samples)]
         random.shuffle(strata)
-        columns[name] = [_quantile(each, at) for at in strata]
-    fixed = {name: each.value for name, each in assumed.items()}
+        columns[name] = _drawn(each, strata)
+    values = {name: each.value for name, each in assumed.items()}
     found: dict[str, list[float]] = {}
-    for index in range(samples):
-        values = fixed | {name: column[index] for name, column in columns.items()}
-        for name, value in result(values).items():
+    for draw in zip(*columns.values()) if columns else [()] * samples:
+        for name, value in result({**values, **dict(zip(columns, draw))}).items():
             found.setdefault(name, []).append(value)
     return {name: _quantiles(sorted(values)) for name, values in found.items()}
 
@@ -80,21 +79,26 @@ def tornado(assumed: Mapping[str, Assumption], result: Callable[[Values], float]
     return sorted(swings, key=lambda swing: -swing.size)
 
 
-def _quantile(of: Assumption, at: float) -> float:
-    """The value of an assumption below which it lies with probability `at`; never one that it can not have."""
+def _drawn(of: Assumption, strata: Iterable[float]) -> list[float]:
+    """The values below which an assumption lies with these probabilities; never one that it can not have."""
     assert of.low is not None
     assert of.high is not None
-    if of.name in SHARES:
-        # As dense beyond the range as in it, as far as shares go; then the tail is denser.
-        spare = TAIL / (1 - 2 * TAIL) * (of.high - of.low)
-        least, most = max(of.low - spare, of.least), min(of.high + spare, of.most)
+    low, high = of.low, of.high
+    if of.name not in SHARES:
+        middle, half = (log(low) + log(high)) / 2, (log(high) - log(low)) / 2
+        return [min(max(exp(middle + half * _normal(at) / _Z95), of.least), of.most) for at in strata]
+    # As dense beyond the range as in it, as far as shares go; then the tail is denser.
+    spare = TAIL / (1 - 2 * TAIL) * (high - low)
+    least, most = max(low - spare, of.least), min(high + spare, of.most)
+
+    def share(at: float) -> float:
         if at < TAIL:
-            return least + at / TAIL * (of.low - least)
+            return least + at / TAIL * (low - least)
         if at > 1 - TAIL:
-            return most - (1 - at) / TAIL * (most - of.high)
-        return of.low + (at - TAIL) / (1 - 2 * TAIL) * (of.high - of.low)
-    middle, half = (log(of.low) + log(of.high)) / 2, (log(of.high) - log(of.low)) / 2
-    return min(max(exp(middle + half * _normal(at) / _Z95), of.least), of.most)
+            return most - (1 - at) / TAIL * (most - high)
+        return low + (at - TAIL) / (1 - 2 * TAIL) * (high - low)
+
+    return [share(at) for at in strata]
 
 
 def _normal(at: float) -> float:
