@@ -3,7 +3,9 @@
 Shapes: B rows, T tokens, D features; what enters an embedding or a predictor are token ids.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 from composeformer.contracts import Phase
 from composeformer.decoder import Model
 from composeformer.plan import Node
-from composeformer.tensors import Batch
+from composeformer.tensors import Batch, Routing
 from composeformer.testing.case import Case
 from composeformer.testing.mixing import length
 from composeformer.testing.subject import Subject
@@ -113,3 +115,24 @@ def told_ids(case: Case, x: Tensor) -> Tensor:
     seed = case.draw.values["ids"] if "ids" in case.draw.values else case.integer("ids", 0, 2**16)
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(case.spec.model.vocab_size, x.shape[:2], generator=generator)
+
+
+@contextmanager
+def choices(model: Model) -> Iterator[list[bool]]:
+    """Within, whether each routing of a model's routers has a token that chose no expert where it might."""
+    nobody: list[bool] = []
+    hooks = []
+    for node in model.spec.plan.nodes():
+        if node.slot == "router":
+
+            def hear(
+                _: Any, given: Any, routing: Routing, experts: int = node.site.sizes["num_experts"]
+            ) -> None:
+                nobody.append(bool((routing.indices >= experts).any()))
+
+            hooks.append(model.get_submodule(node.path).register_forward_hook(hear))
+    try:
+        yield nobody
+    finally:
+        for hook in hooks:
+            hook.remove()

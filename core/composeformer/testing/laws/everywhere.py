@@ -15,7 +15,7 @@ from composeformer.decoder import Model
 from composeformer.errors import SpecError
 from composeformer.tensors import DTYPES
 from composeformer.testing.bounds import roundoff, terms_of
-from composeformer.testing.calling import call, entered, entering, uncalled
+from composeformer.testing.calling import call, choices, entered, entering, uncalled
 from composeformer.testing.case import Case
 from composeformer.testing.law import EVERYWHERE, law
 from composeformer.testing.subject import Subject
@@ -120,14 +120,7 @@ def flops(case: Case) -> None:
                 case.draw.reject("a window is narrower than the mask")
             most += core.flops(tokens, causal=False)
             least += core.flops(tokens, causal=False) - core.constant
-    nobody: list[bool] = []
-    for node in nodes:
-        if node.slot == "router":
-            experts = node.site.sizes["num_experts"]
-            case.judge.get_submodule(node.path).register_forward_hook(
-                lambda _, given, routing, none=experts: nobody.append(bool((routing.indices >= none).any()))
-            )
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, choices(case.judge) as nobody:
         call(case, case.judge, x.double() if x.is_floating_point() else x)
     if any(nobody):  # who chooses fewer experts takes fewer products
         stacks = [linear for node in nodes for linear in node.linears.values() if linear.groups is not None]

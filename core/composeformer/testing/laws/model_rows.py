@@ -174,6 +174,8 @@ def predictions(case: ModelCase) -> None:
     """Each pair of a token and its label is made a row of its own, of which the objective is asked."""
     batch, model = case.batch, case.model
     ids, valid, documents, _ = batch
+    if float(case.objective.weight(TokenBatch(ids[:1, :1]).seen())):
+        case.draw.reject("its objective learns from tokens that have no label")
     told = {"valid": valid, "documents": documents, "phase": "train"}
     with torch.no_grad():
         plain = model(ids, **told, predict=False)
