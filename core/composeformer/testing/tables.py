@@ -19,6 +19,7 @@ from composeformer.errors import InputError, show
 Table = dict[str, Any]
 
 LARGEST = 6  # multiples of a size that is drawn from a field
+TINY = 2.0**-30  # what is drawn from a field is no smaller: float32 keeps it, and its square
 DEEPEST = 3  # parts within parts within parts
 
 
@@ -108,7 +109,7 @@ def _one(component: Component, fact: FieldFacts) -> "st.SearchStrategy[Any]":
         high = fact.maximum if fact.maximum is not None else low_ + 4.0
         drawn = st.floats(
             low_, high, allow_nan=False, allow_subnormal=False, exclude_min=fact.above is not None
-        )
+        ).filter(lambda x: not 0 < abs(x) < TINY)
         stated = fact.default
         if not fact.required and isinstance(stated, float) and isfinite(stated):
             return st.just(stated) | drawn
