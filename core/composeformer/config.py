@@ -143,6 +143,11 @@ class Config:
 
     __slots__ = ()
 
+    def __repr__(self) -> str:
+        # One for all: attrs would compile one for each class, whenever it is imported.
+        values = (f"{each.name}={getattr(self, each.name)!r}" for each in getattr(type(self), "__attrs_attrs__", ()))
+        return f"{type(self).__qualname__}({', '.join(values)})"
+
     def validate(self, site: "Site") -> Iterable[Problem]:
         """Yields every impossible combination of values; raises none."""
         return ()
@@ -170,7 +175,7 @@ class Config:
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, layer, part, records))
 def config(cls: type[T]) -> type[T]:
     """Makes a frozen, keyword-only, hashable config class."""
-    return attrs.frozen(cls, kw_only=True, slots=False)
+    return attrs.frozen(cls, kw_only=True, slots=False, repr=False)
 
 
 def facts_of(cls: type[Config]) -> dict[str, FieldFacts]:

@@ -262,12 +262,15 @@ class Core:
 
 @attrs.frozen(kw_only=True)
 class Cache:
-    """What decoding keeps: `per_token` elements for each cached token (at most `window` of them), and a `constant`."""
+    """What decoding keeps: `per_token` elements for each cached token (at most `window` of them), and a `constant`.
+    `shard` says that tensor parallelism divides them, as it does heads.
+    """
 
     name: str
     per_token: int = 0
     constant: int = 0
     window: int | None = None
+    shard: bool = False
 
     def elements(self, context: int) -> int:
         """Elements held for one sequence of `context` tokens."""

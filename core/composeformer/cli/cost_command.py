@@ -98,7 +98,9 @@ def _print(report: Any) -> None:
         table.add_row(name, money(found.p5), money(found.p50), money(found.p95))
     screen.print(table)
     table = Table("assumption", "90% lie in", "which makes", title="what it depends on", title_justify="left")
-    for name in dict.fromkeys((*(swing.name for swing in report.swings if swing.size), *report.sensitivities)):
+    for name in dict.fromkeys(
+        (*(swing.name for swing in report.swings if swing.size), *report.sensitivities)
+    ):
         assumed = report.assumptions[name]
         table.add_row(name, f"{assumed.low:g} to {assumed.high:g}", sensitivity(report, name))
     screen.print(table)
@@ -154,6 +156,8 @@ def cost_table(counts: Any, folder: Any = None, layers: Iterable[tuple[str, str]
             table.add_row(f"  {dtype}", f"{count:,}", f"{100 * count / folder.elements:.1f}% of elements")
     if counts.unverified:
         table.add_row(
-            "unverified", str(len(counts.unverified)), escape("without a source: " + ", ".join(counts.unverified))
+            "unverified",
+            str(len(counts.unverified)),
+            escape("without a source: " + ", ".join(counts.unverified)),
         )
     return table

@@ -149,9 +149,9 @@ def console(stderr: bool = False) -> Any:
         def on_broken_pipe(self) -> None:
             raise
 
-    screen = Screen(stderr=stderr, highlight=False)
+    screen = Screen(stderr=stderr, highlight=False, emoji=False)
     # A pipe has no width; 80 columns would fold what a log can hold.
-    return screen if screen.is_terminal else Screen(stderr=stderr, highlight=False, width=120)
+    return screen if screen.is_terminal else Screen(stderr=stderr, highlight=False, emoji=False, width=120)
 
 
 @contextmanager

@@ -48,8 +48,11 @@ def command(
     tables: dict[str, Any] = {}
     for each in swaps:
         tables |= read_swap(each)
-    # Settings are of the new architecture: what is held is the old one's.
-    before = Spec.load(spec)
+    # Settings are of the new architecture: what is held is the old one's. A price is of both.
+    paths = {each: each.partition("=")[0].strip() for each in settings}
+    before = Spec.load(
+        spec, [each for each, path in paths.items() if path == "cost" or path.startswith("cost.")]
+    )
     found = resize(before, swaps=tables, hold=hold, solve=solve, multiple=multiple, settings=settings)
     if output is not None:
         output.write_text(found.spec.to_toml(), encoding="utf-8")

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 
 import attrs
 
+from composeformer.contracts import Cache
 from composeformer.costs.activations import Training, again, objective, per_token, unknown
-from composeformer.costs.counts import DEFAULT_CONTEXT
+from composeformer.costs.counts import DEFAULT_CONTEXT, activation_bytes, stated
 from composeformer.costs.layout import Layout, layout
 from composeformer.formats import BITS
 from composeformer.plan import Node
@@ -65,6 +66,15 @@ def training(spec: Spec, placed: Layout | None = None, *, context: int | None = 
 def largest(found: tuple[Memory, ...]) -> Memory:
     """Of the device that holds most; the first of several."""
     return max(found, key=lambda memory: memory.total)
+
+
+def cached(spec: Spec, placed: Layout, stage: int, context: int) -> float:
+    """Bytes of the caches of one sequence of `context` tokens on a device of a stage, a predictor's aside."""
+    nodes = (node for top in placed.stages[stage] if top.slot != "predictor" for node in top.walk())
+    found = 0.0
+    for cache in (each for node in nodes for each in stated(node, "decode") if isinstance(each, Cache)):
+        found += cache.elements(context) / (placed.tensor if cache.shard else 1)
+    return found * activation_bytes(spec)
 
 
 @attrs.frozen(kw_only=True)

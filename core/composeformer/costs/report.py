@@ -11,6 +11,7 @@ from composeformer.costs.counts import Counts, cost
 from composeformer.costs.economics import Assumption, Quantiles, Swing
 from composeformer.costs.folders import Checkpoint, by_precision, checkpoint
 from composeformer.costs.layout import Layout, layout
+from composeformer.costs.ledger import Link
 from composeformer.costs.pricing import Pricing, Sensitivity
 from composeformer.costs.quantities import Quantity, Section, scaled
 from composeformer.costs.steps import Steps
@@ -258,7 +259,12 @@ class Report:
             told = f"{one_of(found.silent)}: the plugin does not say what is kept"
         section["activations"] = Quantity(value=found.activations, unit="bytes", definition=told)
         everything = "of these" if found.activations is not None else "activations aside"
-        return section | {"all": _count(found.total, "bytes", everything)}
+        held = memory.cached(self.spec, placed, found.stage, self.context)
+        told = f"of one sequence of {self.context:,} tokens in decoding; training keeps none, and the sum has none"
+        return section | {
+            "all": _count(found.total, "bytes", everything),
+            "cache of a sequence": self._cached(held, told),
+        }
 
     def _step(self) -> dict[str, Section]:
         """A step of the run, where the spec says its sizes."""
@@ -275,16 +281,17 @@ class Report:
         for name, roof in step.roofs.items():
             told = f"at least, bound by {roof.bound}: {scaled(roof.operations, 'FLOP')}, {scaled(roof.bytes, 'B')}"
             section[name] = _count(roof.seconds, "s", told)
-        sums: dict[str, tuple[float, float]] = {}
+        sums: dict[tuple[str, Link], tuple[float, float]] = {}
         for sent in traffic.sent:
-            key = f"{sent.purpose}, {sent.link} links"
-            size, seconds = sums.get(key, (0.0, 0.0))
-            sums[key] = size + sent.bytes, seconds + sent.seconds
-        links = traffic.cluster.links
-        for key, (size, seconds) in sums.items():
-            bandwidth = links["inter" if "inter" in key else "intra"].bandwidth
-            told = f"alone: {scaled(size, 'B')} of one device, {scaled(size / traffic.tokens, 'B')} a token"
+            size, seconds = sums.get((sent.purpose, sent.link), (0.0, 0.0))
+            sums[sent.purpose, sent.link] = size + sent.bytes, seconds + sent.seconds
+        moved = {}
+        for (purpose, link), (size, seconds) in sums.items():
+            key, bandwidth = f"{purpose}, {link} links", traffic.cluster.links[link].bandwidth
+            told = f"alone, at {scaled(bandwidth.value, 'B')} a second"
             section[f"communication: {key}"] = _count(seconds, "s", told, bandwidth.source, bandwidth.read)
+            moved[key] = _count(size, "bytes", f"{where}sent by one device")
+            moved[f"{key}, a token"] = _count(size / traffic.tokens, "bytes", "over the tokens of the device")
         if placed.pipeline > 1:
             section["bubble"] = _count(step.bubble, "s", f"idle under {self.spec.parallel.schedule}")
         section["least"] = _count(step.hidden, "s", "all communication behind computation, at peak")
@@ -294,7 +301,7 @@ class Report:
         tokens = self.spec.train.batch_size * self.spec.train.sequence_length
         used = tokens * self.pricing.per_token / (placed.devices * self.pricing.utilisation.achieved)
         section["at the utilisation of the run"] = _count(used, "s", "what the run's hours imply")
-        return {"optimizer step": section}
+        return {"optimizer step": section, **({"communication of a step": moved} if moved else {})}
 
     def _run(self) -> Section:
         price, config = self.pricing, self.spec.cost

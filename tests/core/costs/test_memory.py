@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import composeformer as cf
 from composeformer.costs import cost
 from composeformer.costs.layout import Layout, layout
-from composeformer.costs.memory import largest, training
+from composeformer.costs.memory import cached, largest, training
 from composeformer.errors import InputError, SpecError
 from composeformer.spec import Spec
 from composeformer.train import TokenBatch, train_step, trainer
@@ -112,6 +112,17 @@ def test_deepseek_v3_holds_on_the_mean_what_its_report_implies() -> None:
     assert most.parameters > 1.5 * sum(memory.parameters for memory in found) / 16
     # With activations those are largest that have four layers of experts.
     assert largest(found).stage == 3
+
+
+@settings(max_examples=20, deadline=None)
+@given(pipeline=st.integers(1, 3), tensor=st.sampled_from([1, 2]), context=st.integers(1, 512))
+def test_stages_together_cache_what_the_model_does_and_heads_are_divided(
+    pipeline: int, tensor: int, context: int
+) -> None:
+    for name, divided in (("tiny-llama", tensor), ("tiny-deepseek-v3", 1)):
+        spec = Spec.load(name).with_({"parallel.pipeline": pipeline, "parallel.tensor": tensor})
+        found = sum(cached(spec, layout(spec), stage, context) for stage in range(pipeline))
+        assert found * divided == cost(spec, context=context).cache_bytes_at_context
 
 
 def test_two_copies_are_kept_by_dualpipe() -> None:

@@ -1,6 +1,7 @@
 """What `compose cost` tells: every number has a unit and a definition, in every form the same."""
 
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -168,6 +169,20 @@ def test_a_quantity_is_written_with_its_unit(value: Any, unit: str, told: str) -
     assert shown(Quantity(value=value, unit=unit, definition="it")) == told
 
 
+def test_bytes_that_are_sent_are_told_for_a_step_and_a_token(report: Report) -> None:
+    step, sent = (report.sections[title] for title in ("optimizer step", "communication of a step"))
+    tokens = step["tokens"].value
+    assert tokens is not None
+    named = [name for name in sent if not name.endswith(", a token")]
+    assert [f"communication: {name}" for name in named] == [n for n in step if n.startswith("communication")]
+    for name in named:
+        whole, each = sent[name].value, sent[f"{name}, a token"].value
+        assert whole is not None
+        assert each is not None
+        assert whole == pytest.approx(each * tokens)
+    assert "experts, inter links" in named
+
+
 def test_the_command_prints_every_form(compose: Callable[..., tuple[int, str, str]], report: Report) -> None:
     assert compose("cost", "deepseek-v3", "--markdown")[:2] == (0, markdown(report))
     code, out, _ = compose("cost", "deepseek-v3")
@@ -249,3 +264,18 @@ def test_doctor_lists_the_devices_that_a_price_can_be_of(
         figures = hardware.load(name).figures().values()
         unread = sum(not figure.read for figure in figures)
         assert told[f"profile {name}"]["detail"].endswith(f"; {unread} of {len(figures)} numbers unconfirmed")
+
+
+def test_an_answer_takes_half_a_second_where_python_imports_click_in_forty_milliseconds() -> None:
+    """Processor time of both, the least of some: what else a machine does is in both, or in neither."""
+
+    def least(*command: str) -> float:
+        taken = []
+        for _ in range(5):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        return min(taken)
+
+    assert least("-m", "composeformer", "cost", "deepseek-v3") < 12.5 * least("-c", "import click")

@@ -156,3 +156,22 @@ def test_the_command_writes_a_spec_that_can_be_used(
     assert "becomes" in err
     code, out, _ = compose(*given, "--json")
     assert json.loads(out)["held"] == "flops"
+
+
+def test_a_price_that_is_set_is_of_both(compose: Callable[..., tuple[int, str, str]]) -> None:
+    """Without it there would be no price to hold: the old spec states none."""
+    given = (
+        "resize",
+        "tiny-llama",
+        "--hold",
+        "cost",
+        "--set",
+        "cost.tokens=1e9",
+        "--set",
+        "ffn.dense.bias=true",
+    )
+    code, out, err = compose(*given, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["wanted"] == pytest.approx(found["found"], rel=0.01)
+    assert found["spec"]["ffn"]["dense"]["bias"] is True

@@ -117,7 +117,9 @@ class GQA(Config):
     def cost(self, site: Site, phase: Phase) -> Iterable[Cost]:
         width = self.head_width(site.width)
         yield Core(name="attention", per_key=4 * self.num_heads * width, window=self.window)
-        yield Cache(name="keys and values", per_token=2 * self.kv_heads * width, window=self.window)
+        yield Cache(
+            name="keys and values", per_token=2 * self.kv_heads * width, window=self.window, shard=True
+        )
         if phase == "train":
             yield Saved(name="input", inputs=("q", "k", "v"))
             yield from self._kept(width)
@@ -138,7 +140,9 @@ class GQA(Config):
         yield Saved(name="log-sums", elements=heads, dtype="float32", shard=True, implementations=("sdpa",))
         # Weights, once more in another order where heads share keys, and what a cap keeps.
         scores = heads * (1 + (self.kv_heads < heads) + (self.cap is not None))
-        yield Saved(name="scores", per_key=scores, dtype="float32", shard=True, implementations=("reference",))
+        yield Saved(
+            name="scores", per_key=scores, dtype="float32", shard=True, implementations=("reference",)
+        )
 
     def conventions(self, site: Site) -> Iterable[Convention]:
         width, group = self.head_width(site.width), self.num_heads // self.kv_heads
