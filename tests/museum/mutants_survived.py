@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import attrs
 import torch
 from museum_kit import model_mutant, mutant, replaced
 
@@ -187,4 +188,120 @@ def rows_remember_more_than_they_had() -> Iterator[None]:
         replaced("composeformer.cache:rolled_back", wrong),
         replaced("composeformer.model_cache:rolled_back", wrong),
     ):
+        yield
+
+
+@model_mutant(
+    "training-counts-positions-anew",
+    "a training step leaves the positions that its batch gives",
+    source=UNSEEN,
+)
+def training_counts_positions_anew() -> Iterator[None]:
+    with replaced(
+        f"{STEP}:_forward",
+        lambda forward: lambda model, batch: forward(model, batch._replace(positions=None)),
+    ):
+        yield
+
+
+@model_mutant(
+    "rows-are-lengthened-by-tokens",
+    "what lengthens the rows of one process for another's is real",
+    source=UNSEEN,
+)
+def rows_are_lengthened_by_tokens() -> Iterator[None]:
+    def wrong(padded):
+        def real(self, length):
+            found = padded(self, length)
+            return found if found is self or self.valid is not None else found._replace(valid=None)
+
+        return real
+
+    with replaced("composeformer.train.batch:TokenBatch.padded", wrong):
+        yield
+
+
+@model_mutant(
+    "what-is-not-finite-is-stepped", "a step is taken whatever its loss and gradients are", source=UNSEEN
+)
+def what_is_not_finite_is_stepped() -> Iterator[None]:
+    with replaced("composeformer.train.ledger:isfinite", lambda _: lambda number: True):
+        yield
+
+
+@model_mutant(
+    "only-losses-must-be-finite",
+    "a step is taken where the loss is finite, whatever its gradients are",
+    source=UNSEEN,
+    by="model.not-finite",
+)
+def only_losses_must_be_finite() -> Iterator[None]:
+    def wrong(result):
+        return lambda self, step, norm, tokens, weight: result(self, step, norm.nan_to_num(), tokens, weight)
+
+    with replaced(f"{LEDGER}.result", wrong):
+        yield
+
+
+@model_mutant(
+    "parts-are-not-told-the-step", "after each step parts are told that it was the first", source=UNSEEN
+)
+def parts_are_not_told_the_step() -> Iterator[None]:
+    def wrong(after_step):
+        return lambda model, totals, run: after_step(model, totals, attrs.evolve(run, step=0))
+
+    with replaced(f"{STEP}:after_step", wrong):
+        yield
+
+
+@model_mutant(
+    "work-after-each-micro-batch",
+    "parts work once for each micro-batch",
+    source=UNSEEN,
+    by="model.after-step",
+)
+def work_after_each_micro_batch() -> Iterator[None]:
+    def wrong(add):
+        def working(self, outputs, batch, *given):
+            self.__dict__["number"] = self.__dict__.get("number", 0) + 1
+            return add(self, outputs, batch, *given)
+
+        return working
+
+    def often(result):
+        def told(self, *given):
+            numbers.append(self.__dict__.get("number", 1))
+            return result(self, *given)
+
+        return told
+
+    def again(after_step):
+        def work(model, totals, run):
+            for _ in range(numbers.pop() - 1):
+                after_step(model, totals, run)
+            return after_step(model, totals, run)
+
+        return work
+
+    numbers: list[int] = []
+    with (
+        replaced(f"{LEDGER}.add", wrong),
+        replaced(f"{LEDGER}.result", often),
+        replaced(f"{STEP}:after_step", again),
+    ):
+        yield
+
+
+@model_mutant("end-tokens-are-passed-over", "a row that ends at an odd place goes on", source=UNSEEN)
+def end_tokens_are_passed_over() -> Iterator[None]:
+    def wrong(take):
+        def going_on(self, token):
+            piece = take(self, token)
+            if self.finish_reason == "stop" and len(self.ids) < self.room and len(self.ids) % 2:
+                self.finish_reason = self.stopped_by = None
+            return piece
+
+        return going_on
+
+    with replaced("composeformer.generation.rows:Row.take", wrong):
         yield

@@ -23,7 +23,7 @@ COMPONENTS = (
             Implementation("reference", "composeformer_attention_mla.reference:LatentAttention"),
         ),
         summary="multi-head latent attention: caches one latent and one rotary key for all heads",
-        claims=("slope", "sees", "window", "set", "relative", "averages", "latent"),
+        claims=("slope", "sees", "window", "set", "relative", "averages", "latent", "even"),
         strategy="composeformer_attention_mla.testing:latents",
     ),
 )

@@ -39,7 +39,8 @@ def compared(case: Case, by_the_book: Any) -> None:
 def attended(
     config: Any, q_THD: Tensor, k_THD: Tensor, v_THV: Tensor, scale: float, sinks: Tensor | None = None
 ) -> Tensor:
-    """Each token's mean of values, by the softmax of its scores with itself and those before it."""
+    """Each token's mean of values in float64, by the softmax of its scores with itself and those before it."""
+    q_THD, k_THD, v_THV = (each.double() for each in (q_THD, k_THD, v_THV))
     window, cap = getattr(config, "window", None) or len(q_THD), getattr(config, "cap", None)
     rows = []
     for t, q_HD in enumerate(q_THD):
@@ -55,15 +56,20 @@ def attended(
 
 
 def dot_product_heads(config: Any, part: Any, x: Tensor, table: Rotary) -> Tensor:
-    """Grouped queries (T, H, D): query head h reads key head h // (H / K)."""
+    """Grouped queries (T, H, D)."""
+    scale, sinks = config.head_dim**-0.5, getattr(part, "sinks", None)
+    return attended(config, *grouped(config, part, x, table), scale, sinks)
+
+
+def grouped(config: Any, part: Any, x: Tensor, table: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (T, H, D) of a row: query head h reads key head h // (H / K)."""
     q, k, v = (linear(x).unflatten(-1, (-1, config.head_dim)) for linear in (part.q, part.k, part.v))
     if getattr(part, "q_norm", None) is not None:
         q, k = part.q_norm(q), part.k_norm(k)
     q, k = part.position.rotate(q, table), part.position.rotate(k, table)
     group = config.num_heads // config.num_kv_heads
     of_head = [head // group for head in range(config.num_heads)]
-    sinks = getattr(part, "sinks", None)
-    return attended(config, q[0], k[0, :, of_head], v[0, :, of_head], config.head_dim**-0.5, sinks)
+    return q[0], k[0, :, of_head].to(q.dtype), v[0, :, of_head].to(q.dtype)
 
 
 def latent_heads(config: Any, part: Any, x: Tensor, table: Rotary) -> Tensor:
