@@ -2,6 +2,9 @@
 
 from composeformer.config import Config, config, field
 
+# Orders of a pipeline's micro-batches.
+SCHEDULES = ("1f1b", "zero-bubble", "dualpipe")
+
 
 @config
 class ModelConfig(Config):
@@ -86,7 +89,7 @@ class ParallelConfig(Config):
     )
     schedule: str = field(
         default="1f1b",
-        choices=("1f1b", "zero-bubble", "dualpipe"),
+        choices=SCHEDULES,
         affects="execution",
         help="The order of a pipeline's micro-batches, for the price.",
     )

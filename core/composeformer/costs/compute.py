@@ -12,7 +12,7 @@ bytes, beside that of a device's peak to its bandwidth, says which of the two bo
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import attrs
 
@@ -61,16 +61,16 @@ def forward(
     spec: Spec, *, context: int, causal: bool = True, predictor: bool = False, routers: bool = False
 ) -> dict[str, Work]:
     """Operations of a forward pass for one token, by component; `predictor` adds its own, and what it runs again."""
-    _positive(context=context)
-    found: dict[str, Work] = defaultdict(lambda: NOTHING)
-    for node in _nodes(spec, predictor):
-        work = _work(node, context, causal, "train", routers)
-        if work.total or node.linears:
-            found[component(node)] += work
-    for use, node in _again(spec) if predictor else ():
-        once = _work(node, context, causal, "train", routers)
-        found[component(node)] += Work(linear=use.times * once.linear, core=use.times * once.core)
-    return dict(found)
+    return _by_component(
+        spec, predictor, lambda node: _work(node, context, causal, "train", routers), context
+    )
+
+
+def decoding(spec: Spec, *, context: int, predictor: bool = False) -> dict[str, Work]:
+    """Operations of decoding one token of a sequence of `context` cached ones, by component, routers included;
+    `predictor` adds what it drafts after that token.
+    """
+    return _by_component(spec, predictor, lambda node: _work(node, context, False, "decode", True), context)
 
 
 def total(found: Mapping[str, Work]) -> float:
@@ -81,21 +81,17 @@ def total(found: Mapping[str, Work]) -> float:
 def decode(spec: Spec, *, context: int, batch: int = 1) -> Decoding:
     """Decoding one more token of each of `batch` sequences of `context` cached tokens, without a predictor."""
     _positive(context=context, batch=batch)
-    operations = weights = cached = 0.0
+    weights = cached = 0.0
     width = activation_bytes(spec)
     for node in _nodes(spec, False):
-        costs = stated(node, "decode")
-        operations += sum(linear.flops for linear in node.linears.values())
-        operations += sum(
-            c.constant + c.per_key * _reach(context, c.window) for c in costs if isinstance(c, Core)
-        )
-        cached += width * sum(c.elements(context) for c in costs if isinstance(c, Cache))
+        caches = (each for each in stated(node, "decode") if isinstance(each, Cache))
+        cached += width * sum(each.elements(context) for each in caches)
         # A row of the embedding's table is all that a token reads of it.
         weights += 0.0 if node.slot == "embedding" else _read(node, spec, batch)
     return Decoding(
         context=context,
         batch=batch,
-        operations=batch * operations,
+        operations=batch * total(decoding(spec, context=context)),
         weight_bytes=weights,
         cache_bytes=batch * cached,
     )
@@ -129,6 +125,20 @@ def _again(spec: Spec) -> Iterable[tuple[Uses, Node]]:
                 yield from ((use, below) for below in ends[use.slot].walk())
 
 
+def _by_component(spec: Spec, predictor: bool, work: Callable[[Node], Work], context: int) -> dict[str, Work]:
+    """The work of every part, and of what a predictor runs again."""
+    _positive(context=context)
+    found: dict[str, Work] = defaultdict(lambda: NOTHING)
+    for node in _nodes(spec, predictor):
+        own = work(node)
+        if own.total or node.linears:
+            found[component(node)] += own
+    for use, node in _again(spec) if predictor else ():
+        once = work(node)
+        found[component(node)] += Work(linear=use.times * once.linear, core=use.times * once.core)
+    return dict(found)
+
+
 def _work(node: Node, context: int, causal: bool, phase: Phase, routers: bool) -> Work:
     counted = routers or node.slot != "router"
     linear = float(sum(each.flops for each in node.linears.values())) if counted else 0.0
@@ -154,14 +164,20 @@ def _read(node: Node, spec: Spec, batch: int) -> float:
     return bytes_
 
 
-def _reach(context: int, window: int | None) -> int:
-    return context if window is None else min(context, window)
-
-
 def _positive(**counts: int) -> None:
     for name, found in counts.items():
         if found < 1:
             raise InputError(f"{name} = {found}: must be >= 1")
 
 
-__all__ = ["Decoding", "Work", "attention_intensity", "component", "decode", "forward", "total", "unknown"]
+__all__ = [
+    "Decoding",
+    "Work",
+    "attention_intensity",
+    "component",
+    "decode",
+    "decoding",
+    "forward",
+    "total",
+    "unknown",
+]

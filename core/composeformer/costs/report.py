@@ -14,8 +14,9 @@ from composeformer.costs.layout import Layout, layout
 from composeformer.costs.ledger import Link
 from composeformer.costs.pricing import Pricing, Sensitivity
 from composeformer.costs.quantities import Quantity, Section, scaled
-from composeformer.costs.steps import Steps
+from composeformer.costs.steps import Steps, bubble
 from composeformer.errors import InputError, one_of
+from composeformer.model_config import SCHEDULES
 from composeformer.spec import Spec
 
 # Lengths that operations are told at, as far as the model goes.
@@ -158,7 +159,9 @@ class Report:
             "elements": _count(folder.elements, "elements", "of all tensors"),
             "bytes": _count(folder.bytes, "bytes", "without file headers"),
         }
-        return found | {f"in {dtype}": _count(n, "elements", "") for dtype, n in folder.by_dtype.items()}
+        return found | {
+            f"in {dtype}": _count(n, "elements", "stored so") for dtype, n in folder.by_dtype.items()
+        }
 
     def _folders(self) -> Section:
         found = {}
@@ -207,7 +210,7 @@ class Report:
             each = compute.decode(self.spec, context=self.context, batch=batch)
             with_ = f"{batch} sequence{'s' if batch > 1 else ''} of {self.context:,} cached tokens"
             found[f"operations, batch {batch}"] = _flops(
-                each.operations, self._least(f"a token of each of {with_}")
+                each.operations, self._least(f"a token of {'each of ' if batch > 1 else ''}{with_}")
             )
             found[f"weights read, batch {batch}"] = _count(
                 each.weight_bytes, "bytes", "of experts those chosen"
@@ -217,6 +220,15 @@ class Report:
                 value=None if self.counts.caches_unknown else each.intensity,
                 unit="FLOP/byte",
                 definition="operations over bytes read",
+            )
+        told = f"a token with {self.context:,} cached ones"
+        for name, work in compute.decoding(self.spec, context=self.context).items():
+            if work.total:
+                found[f"operations of {name}"] = _flops(work.total, told)
+        if self.counts.predictor:
+            drafted = compute.total(compute.decoding(self.spec, context=self.context, predictor=True))
+            found["operations, with a draft"] = _flops(
+                drafted, self._least(f"{told}, and what is drafted after it")
             )
         for name, intensity in compute.attention_intensity(self.spec).items():
             told = "operations over bytes, for each cached token"
@@ -294,6 +306,10 @@ class Report:
             moved[f"{key}, a token"] = _count(size / traffic.tokens, "bytes", "over the tokens of the device")
         if placed.pipeline > 1:
             section["bubble"] = _count(step.bubble, "s", f"idle under {self.spec.parallel.schedule}")
+            for name in SCHEDULES:
+                if name != self.spec.parallel.schedule and not (name == "dualpipe" and placed.pipeline % 2):
+                    idle = bubble(name, placed.pipeline, self.spec.train.micro_batches, step.compute)
+                    section[f"bubble, {name} instead"] = _count(idle, "s", "of the same computation")
         section["least"] = _count(step.hidden, "s", "all communication behind computation, at peak")
         section["least, nothing hidden"] = _count(
             step.exposed, "s", "computation, communication and bubble in turn, at peak"

@@ -89,6 +89,23 @@ def test_a_batch_reads_more_experts_but_never_more_than_there_are(batch: int) ->
     assert many.operations == pytest.approx(batch * one.operations)
 
 
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "mixtral-8x7b", "deepseek-v3"])
+@pytest.mark.parametrize("context", [1, 4096])
+def test_components_of_decoding_sum_to_it_and_a_draft_is_the_predictors(name: str, context: int) -> None:
+    spec = Spec.load(name)
+    alone, drafted = (compute.decoding(spec, context=context, predictor=each) for each in (False, True))
+    assert 64 * compute.total(alone) == compute.decode(spec, context=context, batch=64).operations
+    if spec.plan.predictor is None:
+        assert drafted == alone
+        return
+    # One layer of 61, the join of two streams, and the head again.
+    own = {name: drafted[name].total - alone[name].total for name in alone}
+    assert own["head linear"] == alone["head linear"].total
+    assert 61 * own["mixer mla"] == alone["mixer mla"].total
+    assert 58 * own["ffn moe"] == alone["ffn moe"].total
+    assert drafted["predictor mtp"].total == 2 * 2 * 7168 * 7168
+
+
 def test_bytes_follow_the_precision_that_is_stated() -> None:
     wide = Spec.load("llama-3.1-8b", ["precision.kind=full", "precision.dtype=float32"])
     assert (

@@ -278,3 +278,20 @@ def test_hardware_without_a_cluster_profile_has_links_of_its_own_numbers() -> No
     traffic = Traffic(spec, Layout(spec=spec, devices=2), load("mi300x"), 0)
     (sent,) = [each for each in traffic.sent if each.purpose == "gradients"]
     assert sent.seconds == sent.bytes / 4.48e11
+
+
+def test_bubbles_of_other_schedules_are_told_beside_the_runs_own() -> None:
+    changes = ["cost.tokens=1e9", "train.batch_size=8", "train.micro_batches=4"]
+
+    def told(*more: str) -> dict[str, float | None]:
+        section = Report(Spec.load("tiny-llama", [*changes, *more])).sections["optimizer step"]
+        return {name: each.value for name, each in section.items() if name.startswith("bubble")}
+
+    run = ["parallel.pipeline=2", "cost.gpus=2"]
+    one, dual = told(*run), told(*run, "parallel.schedule=dualpipe")
+    assert list(one) == ["bubble", "bubble, zero-bubble instead", "bubble, dualpipe instead"]
+    assert dual["bubble"] == one["bubble, dualpipe instead"]
+    assert one["bubble"] == dual["bubble, 1f1b instead"]
+    # An odd number of stages is no pipeline of both directions.
+    assert list(told("parallel.pipeline=3", "cost.gpus=3")) == ["bubble", "bubble, zero-bubble instead"]
+    assert told("cost.gpus=1") == {}
