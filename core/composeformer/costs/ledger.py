@@ -184,6 +184,11 @@ class CommConfig(Protocol):
         """
 
 
+def several(config: object) -> bool:
+    """Whether a `comm` component serves several processes: all do that do not say otherwise."""
+    return getattr(config, "processes", "many") == "many"
+
+
 def total(ledgers: Iterable[Ledger]) -> Ledger:
     """The sum of several."""
     whole = Ledger()

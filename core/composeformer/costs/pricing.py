@@ -150,7 +150,8 @@ class Pricing:
         if achieved > peak * (1 + 1e-12):
             told = f"{self.tokens:g} tokens in {self.run.pretraining_hours:,.0f} device hours"
             of = f"of the {self.config.peak} peak of {self.hardware.name}"
-            raise InputError(f"cost.gpu_hours: {told} are {achieved / peak:.0%} {of}")
+            given = "gpu_hours" if self.config.budget is None else "budget"
+            raise InputError(f"cost.{given}: {told} are {achieved / peak:.0%} {of}")
         # Of a slower dtype's peak it would say nothing, and of an equal one nothing new.
         others = {d: achieved / f.value for d, f in self.hardware.peaks.items() if f.value > 1.001 * peak}
         return Utilisation(

@@ -25,9 +25,9 @@ from composeformer.costs.counts import activation_bytes, stated
 from composeformer.costs.figures import Figure
 from composeformer.costs.hardware import Hardware
 from composeformer.costs.layout import Layout
-from composeformer.costs.ledger import Ledger, Link
+from composeformer.costs.ledger import Ledger, Link, several
 from composeformer.costs.topology import Connection, Topology
-from composeformer.errors import InputError
+from composeformer.errors import InputError, one_of
 from composeformer.formats import BITS
 from composeformer.plan import Node
 from composeformer.spec import Spec
@@ -59,6 +59,13 @@ class Traffic:
         if train.batch_size % placed.data:
             told = f"must be a multiple of the replicas ({placed.data}): devices with tokens of their own"
             raise InputError(f"train.batch_size = {train.batch_size}: {told}")
+        cut = any(linear.shard == "group" for linear in spec.plan.linears.values())
+        comm = spec.single("comm")
+        if placed.expert > 1 and cut and not several(comm.config):
+            registry = spec.registry
+            able = [kind for kind in registry.kinds("comm") if several(registry.get("comm", kind).config)]
+            told = f"moves tokens within one process, and parallel.expert is {placed.expert}"
+            raise InputError(f"comm.kind = {comm.kind}: {told}; several need {one_of(able)}")
 
     @property
     def tokens(self) -> int:

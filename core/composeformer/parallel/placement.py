@@ -15,6 +15,7 @@ import torch
 
 from composeformer import lazy
 from composeformer.contracts import Linear, Weight
+from composeformer.costs.ledger import several
 from composeformer.errors import InputError, Problem, SpecError, one_of
 from composeformer.manifest import in_words
 from composeformer.parallel import world as worlds
@@ -136,11 +137,6 @@ def _problems(spec: "Spec", size: int) -> Iterator[Problem]:
         told = f"moves tokens within one process, and parallel.expert is {experts}; several need {one_of(able)}"
         stated = "comm" in spec.document.data
         yield Problem("comm.kind", comm.kind, told).at(spec.document.source(("comm",)) if stated else None)
-
-
-def several(config: object) -> bool:
-    """Whether a `comm` component serves several processes: all do that do not say otherwise."""
-    return getattr(config, "processes", "many") == "many"
 
 
 def _digest(spec: "Spec") -> dict[str, str]:

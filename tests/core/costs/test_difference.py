@@ -88,11 +88,11 @@ def test_without_a_price_there_are_no_factors() -> None:
     assert "times the device hours" not in difference_markdown(found)
 
 
-def test_hours_that_can_not_have_trained_the_tokens_are_refused() -> None:
-    spec = Spec.load("tiny-llama").with_(cost={"tokens": 1e15, "gpu_hours": 1.0})
-    with pytest.raises(
-        InputError, match=r"cost.gpu_hours: 1e\+15 tokens in 1 device hours are .*% of the bfloat16 peak"
-    ):
+@pytest.mark.parametrize("given", [{"gpu_hours": 1.0}, {"budget": 3.0, "rate": 3.0}])
+def test_hours_that_can_not_have_trained_the_tokens_are_refused(given: dict[str, float]) -> None:
+    spec = Spec.load("tiny-llama").with_(cost={"tokens": 1e15, **given})
+    told = rf"cost.{next(iter(given))}: 1e\+15 tokens in 1 device hours are .*% of the bfloat16 peak"
+    with pytest.raises(InputError, match=told):
         _ = Pricing(spec).utilisation
 
 

@@ -269,6 +269,14 @@ def test_steps_that_can_not_be_shared_out_are_one_clear_error(changes: list[str]
     assert told in str(refused.value)
 
 
+def test_experts_on_several_devices_need_what_moves_tokens_between_them() -> None:
+    """Sending nothing would be told as no bytes."""
+    spec = Spec.load("tiny-moe", ["parallel.expert=2", "train.batch_size=2", "comm.kind=local"])
+    told = "comm.kind = local: moves tokens within one process, and parallel.expert is 2; several need collective"
+    with pytest.raises(InputError, match=told):
+        Traffic(spec, layout(spec), H800, 0)
+
+
 def test_hardware_without_a_cluster_profile_has_links_of_its_own_numbers() -> None:
     found = of_hardware(load("mi300x"))
     assert found.ranks_per_node == 8

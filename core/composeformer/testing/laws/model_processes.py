@@ -10,10 +10,10 @@ from torch import Tensor
 
 from composeformer.assemble import build
 from composeformer.config import facts_of
+from composeformer.costs.ledger import several
 from composeformer.decoder import Model
 from composeformer.errors import SpecError
 from composeformer.parallel.pieces import is_shard, local
-from composeformer.parallel.placement import several
 from composeformer.rounding import Carried, Operand
 from composeformer.spec import Spec
 from composeformer.testing.laws.model_rows import row_of
