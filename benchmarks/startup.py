@@ -20,6 +20,9 @@ COMMANDS = {
     "compose --help": ["--help"],
     "compose check llama-3.1-405b": ["check", "llama-3.1-405b"],
     "compose cost llama-3.1-405b": ["cost", "llama-3.1-405b", "--json"],
+    "compose cost deepseek-v3": ["cost", "deepseek-v3"],
+    "compose cost deepseek-v3 --json": ["cost", "deepseek-v3", "--json"],
+    "compose diff deepseek-v3 llama-3.1-405b": ["diff", "deepseek-v3", "llama-3.1-405b"],
     "compose plugins list": ["plugins", "list", "--json"],
     "compose schema": ["schema"],
 }

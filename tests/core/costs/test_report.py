@@ -1,7 +1,6 @@
 """What `compose cost` tells: every number has a unit and a definition, in every form the same."""
 
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -264,18 +263,3 @@ def test_doctor_lists_the_devices_that_a_price_can_be_of(
         figures = hardware.load(name).figures().values()
         unread = sum(not figure.read for figure in figures)
         assert told[f"profile {name}"]["detail"].endswith(f"; {unread} of {len(figures)} numbers unconfirmed")
-
-
-def test_an_answer_takes_half_a_second_where_python_imports_click_in_forty_milliseconds() -> None:
-    """Processor time of both, the least of some: what else a machine does is in both, or in neither."""
-
-    def least(*command: str) -> float:
-        taken = []
-        for _ in range(5):
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        return min(taken)
-
-    assert least("-m", "composeformer", "cost", "deepseek-v3") < 12.5 * least("-c", "import click")
