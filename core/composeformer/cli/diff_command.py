@@ -1,5 +1,6 @@
 """`compose diff`: two specs side by side, and why one costs more than the other."""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,8 +20,13 @@ from composeformer.cli.options import SPEC, SPEC_HELP, console, json_option, pri
     help="Sequence length for FLOPs of both; each one's own by default.",
 )
 @click.option("--markdown", "as_markdown", is_flag=True, help="A Markdown document on stdout.")
+@click.option(
+    "--html", type=click.Path(path_type=Path), help="Write a page with plots here; it needs nothing else."
+)
 @json_option
-def command(first: str, second: str, context: int | None, as_markdown: bool, as_json: bool) -> None:
+def command(
+    first: str, second: str, context: int | None, as_markdown: bool, html: Path | None, as_json: bool
+) -> None:
     from composeformer.costs.difference import Difference
     from composeformer.spec import Spec
 
@@ -28,6 +34,13 @@ def command(first: str, second: str, context: int | None, as_markdown: bool, as_
         raise click.UsageError("--json and --markdown are two documents; choose one")
     click.get_current_context().with_resource(uncollected())
     found = Difference(Spec.load(first), Spec.load(second), context=context)
+    if html is not None:
+        from composeformer.costs.difference_page import difference_page
+
+        html.write_text(difference_page(found), encoding="utf-8")
+        if not (as_json or as_markdown):
+            click.echo(f"wrote {html}")
+            return
     if as_json:
         print_json(found.to_dict())
     elif as_markdown:

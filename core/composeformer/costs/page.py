@@ -37,7 +37,12 @@ def page(report: Report) -> str:
     if report.is_priced:
         body += _ranges(report)
         body += _assumptions(report)
-    head = f'<meta charset="utf-8"><title>{name}: cost</title><style>{STYLE}</style>'
+    return whole(f"{report.spec.name}: cost", body)
+
+
+def whole(title: str, body: Iterable[str]) -> str:
+    """A document that holds all it needs."""
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
 
 

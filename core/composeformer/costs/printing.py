@@ -156,11 +156,12 @@ def difference_markdown(found: "Difference") -> str:
     for title in dict.fromkeys(pair.section for pair in found.pairs):
         own = [pair for pair in found.pairs if pair.section == title]
         parts.append(
-            f"## {title[:1].upper()}{title[1:]}\n\n" + _table(("", *names, "ratio"), map(_pair, own))
+            f"## {title[:1].upper()}{title[1:]}\n\n" + _table(("", *names, "ratio"), map(pair_row, own))
         )
     return "\n\n".join(parts) + "\n"
 
 
-def _pair(pair: "Pair") -> list[str]:
+def pair_row(pair: "Pair") -> list[str]:
+    """A number of two specs: its name, both values, and their ratio."""
     values = ["" if each is None else shown(each) for each in (pair.first, pair.second)]
     return [pair.name, *values, "" if pair.ratio is None else f"{pair.ratio:.3g}"]

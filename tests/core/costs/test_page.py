@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from composeformer.costs.difference import Difference
+from composeformer.costs.difference_page import difference_page
 from composeformer.costs.page import page
 from composeformer.costs.plots import LEFT, RIGHT, WIDTH, Bar, Line, bars, lines
-from composeformer.costs.printing import shown
+from composeformer.costs.printing import SAME, pair_row, shown
 from composeformer.costs.report import Report
 from composeformer.spec import Spec
 from composeformer.spec.inherit import shipped
@@ -60,10 +62,35 @@ def test_a_page_is_whole_says_every_number_and_loads_nothing(name: str) -> None:
         ElementTree.fromstring(svg)
 
 
+@pytest.mark.parametrize("names", [("deepseek-v3", "llama-3.1-405b"), ("tiny-moe", "tiny-llama")])
+def test_a_page_of_two_specs_says_every_number_of_both(names: tuple[str, str]) -> None:
+    found = Difference(*map(Spec.load, names))
+    text = difference_page(found)
+    checker = Checker()
+    checker.feed(text)
+    assert checker.open == []
+    said = set(checker.text)
+    assert {each for pair in found.pairs for each in pair_row(pair) if each} <= said
+    assert {each.where for each in found.changes} | {f"{each.value:.3f}" for each in found.factors} <= said
+    assert not {name for name, _ in checker.attributes} & {"src", "href", "onload", "onclick"}
+    assert "<script" not in text
+    drawn = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
+    assert len(drawn) == 1 + bool(found.factors)
+    assert all(svg.findall("rect") for svg in drawn)
+
+
+def test_a_page_of_a_spec_and_itself_says_that_they_are_the_same() -> None:
+    spec = Spec.load("tiny-llama")
+    assert SAME in difference_page(Difference(spec, spec))
+
+
 def test_names_that_are_markup_are_text() -> None:
     report = Report(Spec.load("tiny-llama").with_({"name": "<b>&x"}))
     assert "<b>&x" not in page(report)
     assert "&lt;b&gt;&amp;x" in page(report)
+    compared = difference_page(Difference(report.spec, Spec.load("tiny-moe")))
+    assert "<b>&x" not in compared
+    assert "&lt;b&gt;&amp;x" in compared
 
 
 @given(st.lists(st.floats(0.01, 1e6), min_size=1, max_size=6))
@@ -94,6 +121,10 @@ def test_the_command_writes_the_page(compose: Callable[..., tuple[int, str, str]
     file = tmp_path / "cost.html"
     assert compose("cost", "tiny-llama", "--html", str(file)) == (0, f"wrote {file}\n", "")
     assert file.read_text(encoding="utf-8") == page(Report(Spec.load("tiny-llama")))
+    both = ("diff", "tiny-llama", "tiny-moe")
+    assert compose(*both, "--html", str(file)) == (0, f"wrote {file}\n", "")
+    compared = Difference(*map(Spec.load, both[1:]))
+    assert file.read_text(encoding="utf-8") == difference_page(compared)
     code, _, err = compose("cost", "tiny-llama", "--html", str(tmp_path / "no" / "cost.html"))
     assert (code, err.count("\n")) == (2, 1)
 
