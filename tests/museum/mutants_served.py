@@ -236,3 +236,23 @@ def rows_draw_by_their_place() -> Iterator[None]:
 
     with replaced("composeformer.generation.decoding:choose", wrong):
         yield
+
+
+@model_mutant("seeds-draw-alike", "every seed draws the same texts", source=UNSEEN, by="model.sampled")
+def seeds_draw_alike() -> Iterator[None]:
+    with replaced(
+        "composeformer.generation.sampling:Draws.__init__",
+        lambda init: lambda self, seed, prompt, copy=0: init(self, 0, prompt, copy),
+    ):
+        yield
+
+
+@model_mutant(
+    "steps-draw-alike", "every token of a text is drawn by the same number", source=UNSEEN, by="model.sampled"
+)
+def steps_draw_alike() -> Iterator[None]:
+    with replaced(
+        "composeformer.generation.sampling:Draws.uniform",
+        lambda uniform: lambda self, step, purpose=b"": uniform(self, 0, purpose),
+    ):
+        yield

@@ -305,3 +305,33 @@ def end_tokens_are_passed_over() -> Iterator[None]:
 
     with replaced("composeformer.generation.rows:Row.take", wrong):
         yield
+
+
+@model_mutant(
+    "zero-is-no-schedule",
+    "a scheduled speed of zero is taken for none",
+    source=UNSEEN,
+    by="model.scheduled",
+)
+def zero_is_no_schedule() -> Iterator[None]:
+    def wrong(value):
+        def truthy(self, field):
+            return value(self, field) or getattr(self.config, field)
+
+        return truthy
+
+    with replaced("composeformer.train.after:Run.value", wrong):
+        yield
+
+
+@mutant(
+    "everything-decays",
+    "optimizer",
+    "adamw",
+    "gains and biases decay, too",
+    source=UNSEEN,
+    by="optimizer.adam",
+)
+def everything_decays() -> Iterator[None]:
+    with replaced("composeformer.train.roles:Trained.is_matrix", lambda _: property(lambda self: True)):
+        yield

@@ -1,12 +1,13 @@
 """Laws of whole models: tokens that are drawn have the model's distribution behind the filters of the sampling."""
 
+import attrs
 import torch
 
 from composeformer.generation import generate
 from composeformer.testing.drawn_tokens import allowed, fair, functions, sampling_of
 from composeformer.testing.models import ModelCase, model_law
 
-COPIES, NEW = 128, 6
+COPIES, NEW = 96, 6
 
 
 @model_law(
@@ -23,10 +24,16 @@ def sampled(case: ModelCase) -> None:
     with torch.no_grad():
         p = allowed(model(texts, predict=False).logits[:, length - 1 : -1], sampling)
     ids = texts[:, length:]
-    # A row is a bet on the next one.
+    # A row is a bet on the next one, and on that of another seed.
     before = torch.zeros_like(p).scatter(-1, ids.roll(1, 0)[..., None], 1.0)
     before[0] = 0
-    fair(case, ids, p, {**functions(p), "the token of the row before": before}, "without drafts")
+    again = generate(
+        model, [prompt] * COPIES, max_new_tokens=NEW, sampling=attrs.evolve(sampling, seed=sampling.seed + 1)
+    )
+    of_others = torch.tensor([each.ids for each in again])
+    others = torch.zeros_like(p).scatter(-1, of_others[..., None], 1.0)
+    bets = {"the token of the row before": before, "the token of another seed": others}
+    fair(case, ids, p, {**functions(p), **bets}, "without drafts")
     few = case.integer("few", 1, 3)
     beside = [[*prompt, *prompt]] if case.boolean("beside another") else []
     alone = generate(model, [*beside, *[prompt] * few], max_new_tokens=NEW, sampling=sampling)

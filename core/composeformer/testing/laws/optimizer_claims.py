@@ -1,6 +1,7 @@
 """Laws that optimizers claim: what a parameter's update depends on, what decays, and Adam in closed form.
 
-They know the fields `beta1`, `beta2`, `eps`, `weight_decay`. Matrices are what `Trained.is_matrix` says.
+They know the fields `beta1`, `beta2`, `eps`, `weight_decay`. Matrices are what multiplies: embeddings and weights of
+linear maps, no gains and no biases.
 """
 
 from collections.abc import Sequence
@@ -176,7 +177,7 @@ def adam(case: Case) -> None:
         for one in every:
             steps = [gradient(case, one.name, step, one.parameter).double() for step in range(number)]
             start = starts[one.name].double()
-            wanted, magnified = closed(start, steps, rate, fields, one.is_matrix)
+            wanted, magnified = closed(start, steps, rate, fields, multiplies(one))
             # Each step rounds the weight, and the step, too, in the dtype of the weight where that is torch's own.
             moved = rate * (magnified + fields["weight_decay"] * size(start))
             bound = (
@@ -191,6 +192,12 @@ def adam(case: Case) -> None:
                     SAFETY * roundoff(getattr(torch, name)) * number * (number - 1) / 2 * rate * magnified
                 )
             case.within(gap(one.parameter, wanted), bound, f"{one.name} after {number} steps")
+
+
+def multiplies(one: Trained) -> bool:
+    """Whether a parameter is a matrix, or a stack of them, and no bias of a map or of a stack of maps."""
+    biases = () if one.linear is None else (f"{one.linear.name}.bias",)
+    return len(one.weight.shape) >= 2 and one.weight.name not in biases
 
 
 def closed(
