@@ -7,7 +7,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from composeformer.counting import count_positions
+from composeformer.counting import count_documents, count_positions
 from composeformer.tensors import Batch
 
 
@@ -27,11 +27,13 @@ class TokenBatch(NamedTuple):
         return TokenBatch(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]
 
     def seen(self) -> Batch:
-        """The same as an objective sees it, without rotary tables."""
-        positions = self.positions
+        """The same as an objective sees it: documents numbered in order, no rotary tables."""
+        positions, documents = self.positions, self.documents
         if positions is None:
-            positions = count_positions(self.ids, self.documents, self.valid)
-        return Batch(self.ids, positions, self.documents, self.valid)
+            positions = count_positions(self.ids, documents, self.valid)
+        if documents is not None:  # one that comes back after another is a new one
+            documents = count_documents(documents, self.valid).number
+        return Batch(self.ids, positions, documents, self.valid)
 
     def padded(self, length: int) -> "TokenBatch":
         """The same tokens in rows of at least `length`, padding behind."""

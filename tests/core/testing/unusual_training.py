@@ -50,6 +50,32 @@ class FocalLoss:
 
 
 @config
+class Documents(Config):
+    """The mean over each document of its cross-entropies: a short one counts as much as a long one."""
+
+
+class DocumentsLoss(FocalLoss):
+    def __init__(self, config: Documents) -> None:
+        pass
+
+    def documents(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Which document each label is of, over all rows, and how many labels each has."""
+        numbers = torch.zeros_like(batch.ids) if batch.documents is None else batch.documents
+        rows = torch.arange(len(numbers), device=numbers.device)[:, None].expand(numbers.shape)
+        both = torch.stack([rows, numbers], -1)[:, 1:][self.learnt(batch)]
+        return both.unique(dim=0, return_inverse=True, return_counts=True)[1:]
+
+    def weight(self, batch: Batch) -> Tensor:
+        return torch.tensor(len(self.documents(batch)[1]), device=batch.ids.device)
+
+    def __call__(self, outputs: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = outputs.logits.to(torch.promote_types(outputs.logits.dtype, torch.float32))
+        logs = logits[:, :-1].log_softmax(-1).gather(-1, batch.ids[:, 1:, None])[..., 0][self.learnt(batch)]
+        document, counts = self.documents(batch)
+        return -(logs / counts[document]).sum(), self.weight(batch)
+
+
+@config
 class Normaliser(Config):
     """The square of the logarithm of what a softmax divides by (arXiv 2204.02311), and nothing else: no labels."""
 
@@ -202,6 +228,7 @@ class TableCodec:
 def components() -> Iterable[Component]:
     for slot, kind, made, module, claims in (
         ("objective", "focal", Focal, "FocalLoss", ("renamed", "shift")),
+        ("objective", "documents", Documents, "DocumentsLoss", ("renamed", "shift")),
         ("objective", "normaliser", Normaliser, "NormaliserLoss", ("renamed",)),
         ("optimizer", "lion", LionConfig, "make_lion", ("each-alone", "elementwise", "still-at-zero")),
         (

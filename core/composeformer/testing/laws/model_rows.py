@@ -12,11 +12,13 @@ from torch import Tensor
 from composeformer.decoder import Model
 from composeformer.testing.bounds import gap
 from composeformer.testing.models import ModelCase, model_law
-from composeformer.train import TokenBatch
+from composeformer.train import Objective, TokenBatch, trainer
 
 MOST_PADDING = 3
 # Named by what a token has, not by what a batch sums up.
 BY_TOKEN = "logits"
+# What an objective claims whose sum and weight are those of its labels, each alone.
+LABELS = "next-token"
 
 
 def summed(found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -163,6 +165,18 @@ def causal(case: ModelCase) -> None:
     case.agree(before(case.model, other), wanted, "before a changed token")
 
 
+def of_labels(case: ModelCase) -> Objective:
+    """An objective that claims to be a sum over labels: the case's own, or the default one."""
+    own = case.spec.singles["objective"]
+    if own is not None and LABELS in own.component.claims:
+        return case.objective
+    default = case.spec.registry.default("objective")
+    if default is None or LABELS not in default.claims:
+        case.draw.reject("no objective counts labels")
+    found: Objective = trainer(case.built(case.spec.with_({"objective": {"kind": default.kind}})))[0]
+    return found
+
+
 @model_law(
     "predictions",
     "a prediction of depth k is held to the token k + 1 places on, if all up to it are real and of one document;"
@@ -171,11 +185,10 @@ def causal(case: ModelCase) -> None:
     examples=15,
 )
 def predictions(case: ModelCase) -> None:
-    """Each pair of a token and its label is made a row of its own, of which the objective is asked."""
+    """Each pair of a token and its label is made a row of its own, of which an objective of labels is asked."""
     batch, model = case.batch, case.model
     ids, valid, documents, _ = batch
-    if float(case.objective.weight(TokenBatch(ids[:1, :1]).seen())):
-        case.draw.reject("its objective learns from tokens that have no label")
+    objective = of_labels(case)
     told = {"valid": valid, "documents": documents, "phase": "train"}
     with torch.no_grad():
         plain = model(ids, **told, predict=False)
@@ -192,12 +205,12 @@ def predictions(case: ModelCase) -> None:
                 pairs.append(ids[row, t + depth : t + depth + 2])
                 logits.append(each.logits[row, [t, t]])
         seen = batch.seen() if depth == 0 else found.predictions[depth - 1].batch
-        loss, weight = case.objective(plain._replace(logits=each.logits), seen)
+        loss, weight = objective(plain._replace(logits=each.logits), seen)
         if not pairs:
             case.equal(float(weight), 0.0, f"the weight of depth {depth}")
             continue
         apart = TokenBatch(torch.stack(pairs)).seen()
-        wanted, labels = case.objective(plain._replace(logits=torch.stack(logits)), apart)
+        wanted, labels = objective(plain._replace(logits=torch.stack(logits)), apart)
         case.equal(float(weight), float(labels), f"the weight of depth {depth}")
         scale = float(wanted.abs()) + len(pairs) * float(each.logits.abs().max())
         case.within(gap(loss, wanted), case.error_in(torch.float64) * scale, f"the loss of depth {depth}")
