@@ -145,3 +145,50 @@ def blocks_are_gathered_in_bfloat16_on_paper() -> Iterator[None]:
 
     with replaced("composeformer_fp8.configs.scaled:Scaled.format", wrong):
         yield
+
+
+@mutant(
+    "embedding-scale-in-bfloat16",
+    "embedding",
+    "token",
+    "the scale of the embedding is a number of bfloat16 whatever the model is in",
+    source="Gemma, whose released code rounds it so, and ports of it",
+    by="embedding.rows",
+)
+def embedding_scale_in_bfloat16() -> Iterator[None]:
+    def wrong(forward):
+        def rounded(self, ids):
+            scale = self.scale
+            self.scale = float(torch.tensor(scale).bfloat16())
+            try:
+                return forward(self, ids)
+            finally:
+                self.scale = scale
+
+        return rounded
+
+    with replaced("composeformer_dense.ends:TokenEmbedding.forward", wrong):
+        yield
+
+
+@mutant(
+    "gradients-of-rows-round-twice",
+    "comm",
+    "local",
+    "weights are narrowed before they multiply the gradients of rows",
+    source=UNSEEN,
+    by="comm.wide-sums",
+)
+def gradients_of_rows_round_twice() -> Iterator[None]:
+    def wrong(backward):
+        @staticmethod
+        def narrow(ctx, gradient):
+            _, *rest = backward(ctx, gradient)
+            rows, order, places, weights = ctx.saved_tensors
+            of_token = gradient.index_select(0, order // places.shape[1]).to(rows.dtype)
+            return of_token * weights.reshape(-1)[order][:, None].to(rows.dtype), *rest
+
+        return narrow
+
+    with replaced("composeformer_comm.sorting:_Gather.backward", wrong):
+        yield

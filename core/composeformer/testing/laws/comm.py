@@ -15,6 +15,7 @@ from composeformer.contracts import Exchange
 from composeformer.costs.ledger import CONTENTS, LINKS, Ledger, Rows, total
 from composeformer.errors import ComposeError
 from composeformer.tensors import Routing
+from composeformer.testing.bounds import SAFETY, roundoff
 from composeformer.testing.case import Case
 from composeformer.testing.exchanging import TIMEOUT, Exchanged, Given, affine, recorded
 from composeformer.testing.law import law
@@ -241,7 +242,28 @@ def wide_sums(case: Case) -> None:
     rows.backward(values)
     assert x.grad is not None
     case.equal(x.grad, torch.full((1, 4), 256.0 + k, dtype=torch.bfloat16), "the gradient")
+    _rounded_once(case, made, x, chosen)
     case.equal(made.ledger, Ledger(), "the bytes of one process")
+
+
+def _rounded_once(case: Case, made: Any, x: Tensor, chosen: list[int]) -> None:
+    """The gradient of a row is its weight times its token's, rounded to its dtype once; a weight's is not rounded."""
+    k = len(chosen)
+    values = case.normal("rows", k, 4, dtype=torch.bfloat16).requires_grad_()
+    weights = case.normal("weights of rows", 1, k, dtype=torch.float32).requires_grad_()
+    _, _, sent = made.dispatch(x, Routing(torch.tensor([chosen]), weights[:, chosen]))
+    found = made.combine(values, sent)
+    g = case.normal("of the sum", 1, 4, dtype=torch.bfloat16)
+    found.backward(g.to(found.dtype))
+    assert values.grad is not None
+    assert weights.grad is not None
+    exact = weights.detach().double().T * g.double()
+    unit, wide = roundoff(torch.bfloat16), SAFETY * roundoff(torch.float32)
+    bound = (unit + 2 * wide) * exact.abs() + torch.finfo(torch.bfloat16).tiny
+    near(case, values.grad, Bounded(exact=exact, bound=bound), "the gradient of rows")
+    products = values.detach().double() * g.double()
+    wanted, sizes = products.sum(1)[None], products.abs().sum(1)[None]
+    near(case, weights.grad, Bounded(exact=wanted, bound=wide * sizes), "the gradient of weights")
 
 
 def _orders(number: int) -> Any:
