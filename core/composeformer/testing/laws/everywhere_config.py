@@ -88,7 +88,10 @@ def fields(case: Case) -> None:
     for name, fact in facts_of(case.subject.component.config).items():
         if plain(fact) and next(values_beside(fact, fact.default, bases.moves), None) is not None:
             told = f"{name} changes nothing in any of {ROUNDS} specs"
-            case.require(any(bases.matters(n, name, fact) for n in range(ROUNDS)), told)
+            if not any(bases.matters(n, name, fact) for n in range(ROUNDS)):
+                if 2 * bases.usable < ROUNDS:
+                    case.draw.reject("most of what was drawn is no valid spec")
+                case.require(False, told)
 
 
 def plain(fact: FieldFacts) -> bool:
@@ -117,6 +120,11 @@ class Bases:
             if base.differs(name, value):
                 return True
         return False
+
+    @property
+    def usable(self) -> int:
+        """How many of those drawn so far are valid."""
+        return sum(each is not None for each in self._drawn)
 
     def _draw(self, number: int) -> "Base | None":
         case = self.case
