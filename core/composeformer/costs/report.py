@@ -22,6 +22,13 @@ from composeformer.spec import Spec
 # Lengths that operations are told at, as far as the model goes.
 CONTEXTS = (4096, 32768, 131072)
 BATCHES = (1, 64)
+# What replicas share, by the stage of ZeRO.
+SHARED = (
+    "nothing",
+    "the optimizer's state",
+    "the optimizer's state and gradients",
+    "the optimizer's state, gradients and weights",
+)
 
 
 class Report:
@@ -243,7 +250,7 @@ class Report:
             if placed.pipeline == 1
             else f"of stage {found.stage + 1} of {placed.pipeline}, the largest"
         )
-        shared = ("nothing", "the optimizer's state", "and gradients", "and weights")[placed.zero]
+        shared = SHARED[placed.zero]
         told = (
             f"{where}; {placed.devices:,} devices, replicas share {shared}"
             if placed.devices > 1
@@ -266,7 +273,8 @@ class Report:
                 found.gathered, "bytes", "the largest part that is whole while it computes"
             )
         made = self.spec.parallel.recompute
-        told = f"kept for {found.in_flight} backward passes of {found.tokens:,} tokens, recompute = {made}"
+        passes = f"{found.in_flight} backward pass{'es' * (found.in_flight > 1)}"
+        told = f"kept for {passes} of {found.tokens:,} tokens, recompute = {made}"
         if found.silent:
             told = f"{one_of(found.silent)}: the plugin does not say what is kept"
         section["activations"] = Quantity(value=found.activations, unit="bytes", definition=told)
@@ -275,8 +283,19 @@ class Report:
         told = f"of one sequence of {self.context:,} tokens in decoding; training keeps none, and the sum has none"
         return section | {
             "all": _count(found.total, "bytes", everything),
+            **self._fits(found.total, everything),
             "cache of a sequence": self._cached(held, told),
         }
+
+    def _fits(self, total: float, everything: str) -> Section:
+        """What part of the memory that a device has this is."""
+        if not self.is_priced:
+            return {}
+        has = self.pricing.hardware.memory
+        told = f"{everything}, over the {scaled(has.value, 'B')} of the device"
+        if total > has.value:
+            told += ": it does not fit"
+        return {"share of the device": _count(total / has.value, "", told, has.source, has.read)}
 
     def _step(self) -> dict[str, Section]:
         """A step of the run, where the spec says its sizes."""

@@ -263,3 +263,19 @@ def test_doctor_lists_the_devices_that_a_price_can_be_of(
         figures = hardware.load(name).figures().values()
         unread = sum(not figure.read for figure in figures)
         assert told[f"profile {name}"]["detail"].endswith(f"; {unread} of {len(figures)} numbers unconfirmed")
+
+
+def test_what_a_device_holds_is_told_as_a_share_of_what_it_has() -> None:
+    """V3 by this layout keeps its activations in bfloat16, and 80 GB do not hold them; a small one fits."""
+    section = Report(Spec.load("deepseek-v3")).sections["memory of a device"]
+    share, total = section["share of the device"], section["all"].value
+    assert total is not None
+    assert share.value == total / 80e9
+    assert share.value > 1
+    assert "80 GB of the device: it does not fit" in share.definition
+    small = Spec.load("tiny-deepseek-v3").with_({"cost": {"tokens": 1e9}})
+    fits = Report(small).sections["memory of a device"]["share of the device"]
+    assert fits.value is not None
+    assert 0 < fits.value < 1
+    assert "does not fit" not in fits.definition
+    assert "share of the device" not in Report(Spec.load("tiny-deepseek-v3")).sections["memory of a device"]
