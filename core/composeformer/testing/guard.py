@@ -1,8 +1,9 @@
 """Laws tried in a process of their own, so that a part that ends it, crashes it or never returns breaks one law.
 
 One child tries law after law; where it dies, or a law takes too long, that law is broken and a new child goes on with
-the next. The child computes with one thread: those of its parent do not survive a fork. Where a system can not fork,
-laws are tried in this process.
+the next. The child computes with one thread: those of its parent do not survive a fork. It is a process group of its
+own, which is ended with it; on Linux it does not outlive its parent either. Where a system can not fork, laws are tried
+in this process.
 """
 
 import faulthandler
@@ -10,17 +11,19 @@ import json
 import os
 import re
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing import get_all_start_methods, get_context
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
 from composeformer.errors import ComposeError
 from composeformer.testing.certificate import Finding, Tried, examine
@@ -28,6 +31,11 @@ from composeformer.testing.law import Law
 
 # Seconds that a law may take.
 PATIENCE = 600.0
+# Seconds after which a child that said nothing is looked for: processes that it started may hold its pipe open.
+PULSE = 1.0
+ENDING = (signal.SIGINT, signal.SIGTERM)
+# The exit code of a child whose pipe is closed (EX_IOERR).
+CLOSED = 74
 FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>.+)')
 
 Trials = Sequence[tuple[Law, Tried]]
@@ -49,6 +57,7 @@ def guarded(
         with tempfile.TemporaryDirectory() as folder:
             child = _Child(trials[done:], examples, seed, Path(folder))
             try:
+                child.start()
                 for finding in child.findings(patience):
                     yield finding
                     done += 1
@@ -62,36 +71,64 @@ class _Child:
     def __init__(self, trials: Trials, examples: int | None, seed: int, folder: Path) -> None:
         self.trials, self.seed, self.folder = trials, seed, folder
         context = get_context("fork")
-        self.pipe, end = context.Pipe(duplex=False)
-        self.process: BaseProcess = context.Process(target=_try, args=(trials, examples, seed, folder, end))
-        self.process.start()
-        end.close()
+        self.pipe, self.far_end = context.Pipe(duplex=False)
+        arguments = trials, examples, seed, folder, self.far_end
+        self.process = context.Process(target=_try, args=arguments)
+
+    def start(self) -> None:
+        """Starts it. An interrupt comes before, or when there is a process that can be ended."""
+        with _uninterrupted():
+            self.process.start()
+            self.far_end.close()
 
     def findings(self, patience: float) -> Iterator[Finding]:
         """One of each law, up to that at which the process ended."""
         for law, tried in self.trials:
             begun = time.monotonic()
-            why = None
-            if not wait([self.pipe, self.process.sentinel], patience):
-                why = f"was not done after {patience:g} s{self._place()}"
-            else:
+            found = self._next(patience)
+            if isinstance(found, Exception):
+                raise found
+            if isinstance(found, str):
+                yield self._broken(law, tried, found, time.monotonic() - begun)
+                return
+            yield found
+
+    def _next(self, patience: float) -> Finding | Exception | str:
+        """What the process sends next, or why it sends nothing more."""
+        until = time.monotonic() + patience
+        while True:
+            alive = self.process.is_alive()
+            left = until - time.monotonic()
+            if self.pipe.poll(min(max(left, 0.0), PULSE) if alive else 0.0):
                 try:
-                    found = self.pipe.recv() if self.pipe.poll() else None
-                except EOFError:
-                    found = None
-                if isinstance(found, Exception):
-                    raise found
-                if found is not None:
-                    yield found
-                    continue
-                self.process.join(5.0)
-                why = f"ended the process with {_status(self.process.exitcode)}{self._stood()}"
-            yield self._broken(law, tried, why, time.monotonic() - begun)
-            return
+                    found: Finding | Exception = self.pipe.recv()
+                    return found
+                except (EOFError, OSError):
+                    if not self._ended(PULSE):
+                        return "closed files of the process that it had not opened"
+                    break
+            if not alive:
+                break
+            if left <= 0:
+                return f"was not done after {patience:g} s{self._place()}"
+        if self.process.exitcode == CLOSED:
+            return "closed files of the process that it had not opened"
+        return f"ended the process with {_status(self.process.exitcode)}{self._stood()}"
+
+    def _ended(self, seconds: float) -> bool:
+        """Whether it ends in time. `join` asks a pipe, which a part may have closed, and waits then without end."""
+        until = time.monotonic() + seconds
+        while self.process.is_alive():
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.01)
+        return True
 
     def _broken(self, law: Law, tried: Tried, why: str, seconds: float) -> Finding:
-        told = _read(self.folder / "values") or '{"cases": 0, "values": {}}'
-        case = json.loads(told)
+        try:
+            case = json.loads(_read(self.folder / "values"))
+        except ValueError:  # nothing was drawn, or it was ended while it wrote
+            case = {"cases": 0, "values": {}}
         return Finding(
             law=law.id,
             told=law.told,
@@ -110,12 +147,12 @@ class _Child:
 
     def _place(self) -> str:
         """Where the process stands now."""
-        if self.process.pid is None or not hasattr(signal, "SIGUSR1"):
+        if self.process.pid is None:
             return ""
         os.kill(self.process.pid, signal.SIGUSR1)
         until = time.monotonic() + 1.0
         while not (told := self._stood()) and time.monotonic() < until:
-            self.process.join(0.02)
+            time.sleep(0.02)
         return told
 
     def _stood(self) -> str:
@@ -127,14 +164,24 @@ class _Child:
         return f": it stood at {file}:{found['line']} in {found['function']}"
 
     def end(self) -> None:
-        """Ends the process, and those that it has started."""
+        """Ends the process, and those of its group: all that it has started, but for sessions of their own."""
         if self.process.pid is not None:
-            try:
+            with suppress(ProcessLookupError, PermissionError):  # the group is gone
                 os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                self.process.kill()
-        self.process.join()
+            self.process.kill()  # it may have left its group
+            self.process.join()
+        self.far_end.close()
         self.pipe.close()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Signals that end this process wait until the end; a process that is started within inherits that."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _status(code: int | None) -> str:
@@ -163,21 +210,34 @@ class _Noted:
 
 
 def _try(trials: Trials, examples: int | None, seed: int, folder: Path, end: Connection) -> None:
+    own = os.getpid()
     os.setpgid(0, 0)
-    # What parts print is no part of a report.
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)
+    for each in ENDING:
+        signal.signal(each, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+    # What parts print is no part of a report. Of the parent's own streams another of its threads may hold a lock.
     os.dup2(2, 1)
+    sys.stdout = sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     torch.set_num_threads(1)
     values = os.open(folder / "values", os.O_CREAT | os.O_RDWR)
     with open(folder / "stack", "w", encoding="utf-8") as stack:
         faulthandler.enable(stack, all_threads=False)
-        if hasattr(signal, "SIGUSR1"):
-            faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
+        faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
         for law, tried in trials:
             os.ftruncate(values, 0)
+            found: Finding | ComposeError
             try:
-                end.send(examine(law, tried, examples=examples, seed=seed, watch=_Noted(values)))
+                found = examine(law, tried, examples=examples, seed=seed, watch=_Noted(values))
             except Exception as error:
-                end.send(error if type(error) is ComposeError else ComposeError(*_lines(error)))
+                found = error if type(error) is ComposeError else ComposeError(*_lines(error))
+            if os.getpid() != own:
+                os._exit(0)  # a part has forked, and only one was asked
+            try:
+                end.send(found)
+            except OSError:
+                os._exit(CLOSED)
+            if isinstance(found, ComposeError):
                 return
 
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from composeformer.errors import InputError
 from composeformer.testing import examine, find_law, subject
 from composeformer.testing import guard as guards
 from composeformer.testing.certificate import trials
-from composeformer.testing.guard import guarded
+from composeformer.testing.guard import CLOSED, guarded
 
 CAUSAL = find_law("mixer.causal")
 LONG = 5
@@ -41,6 +43,32 @@ def sleeping() -> None:
         time.sleep(60)
 
 
+def leaving_another_behind() -> None:
+    """The process ends, and one that it made keeps all that it has open."""
+    if os.fork() == 0:
+        sleeping()
+    os._exit(3)
+
+
+def leaving_its_group() -> None:
+    if os.fork() == 0:
+        sleeping()
+    os.setpgid(0, os.getpgid(os.getppid()))
+    sleeping()
+
+
+def closing() -> None:
+    os.closerange(3, 1024)
+
+
+def closing_and_sleeping() -> None:
+    closing()
+    sleeping()
+
+
+CLOSES = "closed files of the process that it had not opened"
+
+
 def place(function: Any, line: int) -> str:
     """What is told of a line of a function of this file."""
     code = function.__code__
@@ -64,8 +92,10 @@ def tried() -> Any:
         (lambda: os._exit(3), "exit code 3"),
         (crashing, f"SIGSEGV: {place(crashing, 1)}"),
         (lambda: os.killpg(0, 9), "SIGKILL"),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), "SIGTERM"),
+        (leaving_another_behind, "exit code 3"),
     ],
-    ids=["leaves as if all were well", "leaves", "crashes", "is killed"],
+    ids=["leaves as if all were well", "leaves", "crashes", "is killed", "is terminated", "leaves another"],
 )
 def test_a_part_that_ends_its_process_breaks_its_own_law_alone(
     tried: Any, monkeypatch: pytest.MonkeyPatch, leaves: Any, why: str
@@ -86,6 +116,59 @@ def test_a_part_that_never_returns_breaks_its_law_and_is_told_where_it_stands(
     (found,) = guarded(tried[:1], patience=4.0)
     assert not found.held
     assert found.why == f"was not done after 4 s: {place(sleeping, 2)}"
+
+
+@pytest.mark.parametrize("closes", [closing, closing_and_sleeping, lambda: os._exit(CLOSED)])
+def test_a_part_that_closes_what_is_not_its_own_breaks_its_law_at_once(
+    tried: Any, monkeypatch: pytest.MonkeyPatch, closes: Any
+) -> None:
+    monkeypatch.setattr(Leaving, "leaves", staticmethod(closes))
+    broken, held = guarded(tried, patience=float("inf"))
+    assert (broken.verdict, broken.why, held.verdict) == ("broken", CLOSES, "held")
+    assert broken.seconds < 60
+
+
+def test_a_part_that_leaves_the_group_of_its_process_is_ended_all_the_same(
+    tried: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Leaving, "leaves", staticmethod(leaving_its_group))
+    (found,) = guarded(tried[:1], patience=4.0)
+    assert found.why == f"was not done after 4 s: {place(sleeping, 2)}"
+
+
+def test_a_part_that_forks_is_told_of_once(tried: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    forked: list[int] = []
+
+    def fork() -> None:
+        if not forked:
+            forked.append(0)
+            os.fork()
+
+    monkeypatch.setattr(Leaving, "leaves", staticmethod(fork))
+    kinds = [(each.law, each.kind) for each in guarded([*tried, tried[0]])]
+    assert kinds == [("mixer.causal", "leaving"), ("mixer.causal", "average"), ("mixer.causal", "leaving")]
+
+
+def test_a_part_prints_whoever_writes_in_the_parent_meanwhile(
+    tried: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bar of progress is drawn by another thread, which holds a lock while it writes."""
+    lock = threading.Lock()
+
+    class Locked:
+        def write(self, text: str) -> int:
+            with lock:
+                return len(text)
+
+        def flush(self) -> None:
+            pass
+
+    monkeypatch.setattr(Leaving, "leaves", staticmethod(lambda: print("a debugging line")))
+    monkeypatch.setattr(sys, "stdout", Locked())
+    trying = guarded(tried[:1], patience=30.0)
+    with lock:
+        (found,) = trying
+    assert found.verdict == "held"
 
 
 def test_laws_tried_in_a_process_of_their_own_find_what_they_find_here(tried: Any) -> None:
