@@ -116,24 +116,10 @@ def _one_by_one(x: Tensor, matrix: Tensor, bias: Tensor | None, ends: Tensor) ->
     x = x.contiguous()
     parts = [F.linear(x[start:stop], weight, shift) for start, stop, weight, shift in groups]
     y = torch.cat([*parts, x.new_zeros(len(x) - stops[-1], matrix.shape[1])])
-    if not y.is_cpu or torch.compiler.is_compiling():
+    if not y.is_cpu or torch.compiler.is_compiling() or stops[-1] == len(y):
         return y
-    found: Tensor = _Counted.apply(y, ends)  # type: ignore[no-untyped-call]
-    return found
-
-
-class _Counted(torch.autograd.Function):
-    """The same; the gradient of rows past the last group is zero, whatever it was."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, ends: Tensor) -> Tensor:
-        ctx.save_for_backward(ends)
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (ends,) = ctx.saved_tensors
-        return _counted(gradient, ends), None
+    # As below, by an operation that can be differentiated twice, forward and in a function: of these rows no gradient.
+    return y.masked_fill(torch.arange(len(y))[:, None] >= stops[-1], 0)
 
 
 def _counted(gradient: Tensor, ends: Tensor) -> Tensor:

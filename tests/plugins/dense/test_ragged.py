@@ -146,3 +146,24 @@ def test_the_gradients_of_few_rows_do_not_see_those_that_do_not_count(inputs, ou
         assert poisoned.grad is not None
         assert poisoned.grad.isfinite().all()
         assert torch.allclose(matrix.grad[0].double(), wanted, rtol=2**-7, atol=2**-7)
+
+
+def test_groups_multiplied_one_by_one_are_differentiated_in_every_way() -> None:
+    """Twice, forward, in a function of a batch, and behind a change in place; rows past the last group as well."""
+    torch.manual_seed(0)
+    x, matrix = torch.randn(6, 3, dtype=torch.float64), torch.randn(2, 5, 3, dtype=torch.float64)
+    ends = torch.tensor([1, 4])
+
+    def mapped(x: torch.Tensor) -> torch.Tensor:
+        return ragged(x, matrix, None, ends)
+
+    leaf = x.clone().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: mapped(x) ** 2, (leaf,))
+    mapped(leaf).mul_(2).sum().backward()
+    assert leaf.grad is not None
+    wanted = torch.func.grad(lambda x: mapped(x).sum())(x)
+    torch.testing.assert_close(leaf.grad, 2 * wanted, rtol=1e-13, atol=1e-13)
+    _, moved = torch.func.jvp(mapped, (x,), (x,))
+    bound = BOUNDS[torch.float64]  # other kernels may add in another order
+    torch.testing.assert_close(moved, mapped(x), rtol=bound, atol=bound)
+    torch.testing.assert_close(torch.vmap(mapped)(x[None])[0], mapped(x), rtol=bound, atol=bound)
