@@ -3,12 +3,19 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isnan
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
 
 from composeformer.cli.options import console, json_option, plural, print_json, progress
+
+
+def _number(_: click.Context, __: click.Parameter, value: float) -> float:
+    if isnan(value):
+        raise click.BadParameter("nan is not in the range x>0.")
+    return value
 
 
 @click.command("check", help="Try every law on every component of PLUGIN, and print its certificate.")
@@ -22,6 +29,7 @@ from composeformer.cli.options import console, json_option, plural, print_json, 
     type=click.FloatRange(min=0, min_open=True),
     default=600.0,
     show_default=True,
+    callback=_number,
     help="Seconds that a law may take before it counts as broken.",
 )
 @json_option

@@ -127,3 +127,14 @@ def test_one_line_of_a_plugins_own_suite_tries_all_laws(installed: Path) -> None
     assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
     assert "mixer.causal: mixer peeking (reference): outputs before the changed token" in done.stdout
     assert "from composeformer.testing import replay" in done.stdout
+
+
+def test_a_law_may_take_any_time_that_is_a_number(compose: Any) -> None:
+    tried = ("plugins", "check", "averages", "--law", "mixer.causal", "--examples", "1", "--timeout")
+    code, _, err = compose(*tried, "nan")
+    assert code == 2
+    assert "Invalid value for '--timeout': nan is not in the range" in err
+    for told in ("inf", "1e300"):
+        code, out, _ = compose(*tried, told)
+        assert code in (0, 1)
+        assert "mixer average" in out
