@@ -10,6 +10,7 @@ Everything goes into `.venv` beside this file; `constraints.txt` pins the versio
 
 import hashlib
 import os
+import shlex
 import subprocess
 import sys
 import venv
@@ -24,7 +25,7 @@ MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def run(*command: str, check: bool = True, **variables: str) -> int:
     """Shows a command and runs it; a failure ends the whole with its status. `variables` are for its environment."""
-    print("$ " + " ".join(command), flush=True)
+    print("$ " + shlex.join(command), flush=True)
     environment = {
         **variables,
         **os.environ,
