@@ -335,3 +335,19 @@ def zero_is_no_schedule() -> Iterator[None]:
 def everything_decays() -> Iterator[None]:
     with replaced("composeformer.train.roles:Trained.is_matrix", lambda _: property(lambda self: True)):
         yield
+
+
+@model_mutant(
+    "a-cache-takes-any-tokens", "nothing asks what a cache has room for, or was made for", source=UNSEEN
+)
+def a_cache_takes_any_tokens() -> Iterator[None]:
+    with replaced("composeformer.model_cache:ModelCache.check", lambda _: lambda self, *given: None):
+        yield
+
+
+@model_mutant(
+    "any-ids-are-embedded", "nothing asks whether there are such ids", source=UNSEEN, by="model.beyond"
+)
+def any_ids_are_embedded() -> Iterator[None]:
+    with replaced("composeformer.decoder:check_forward", lambda _: lambda *given: None):
+        yield

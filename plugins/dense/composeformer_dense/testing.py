@@ -106,9 +106,7 @@ def yarn_ropes(draw: st.DrawFn) -> Table:
 
 def embeddings() -> Tables:
     """`token`."""
-    return st.fixed_dictionaries(
-        {"kind": st.just("token")}, optional={"scale": st.sampled_from([3.3, 0.5])}
-    )
+    return st.fixed_dictionaries({"kind": st.just("token")}, optional={"scale": st.sampled_from([3.3, 0.5])})
 
 
 def heads() -> Tables:

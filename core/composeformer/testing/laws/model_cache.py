@@ -166,6 +166,45 @@ def overdrawn(case: ModelCase) -> None:
 
 
 @model_law(
+    "beyond",
+    "more tokens than the model has positions for, a cache of other rows, and ids that there are not are refused",
+    kills="a-cache-takes-any-tokens",
+    examples=5,
+)
+def beyond(case: ModelCase) -> None:
+    model, sizes = case.model, case.spec.model
+    rows, room = case.integer("rows", 1, 2), case.integer("room", 1, 4)
+    short, limit = case.ids("ids", rows, room), sizes.max_position_embeddings
+    long = torch.zeros(rows, limit + 1, dtype=torch.int64)
+
+    def cache(length: int = room, fed: bool = False) -> ModelCache:
+        found = model.new_cache(rows, length)
+        if fed:
+            model(short, cache=found)
+        return found
+
+    packed = torch.zeros_like(short)
+    wrong: dict[str, tuple[Tensor, dict[str, Any]]] = {
+        f"a row of {limit + 1} tokens, where positions end at {limit}": (long, {}),
+        "that row through a cache": (long, {"cache": cache(limit + 1)}),
+        f"ids up to {sizes.vocab_size}": (torch.full_like(short, sizes.vocab_size), {}),
+        "ids below zero": (torch.full_like(short, -1), {}),
+        f"{rows + 1} rows for a cache of {rows}": (short[:1].expand(rows + 1, -1), {"cache": cache()}),
+        "documents for a cache that was fed none": (
+            short,
+            {"cache": cache(2 * room, True), "documents": packed},
+        ),
+    }
+    with torch.no_grad():
+        for told, (ids, options) in wrong.items():
+            try:
+                model(ids, **options, predict=False)
+            except InputError:
+                continue
+            case.require(False, f"{told} are not refused")
+
+
+@model_law(
     "cache_bytes",
     "a cache takes as many bytes as the parts declare, and grows by no others",
     kills="cache-holds-every-head",
