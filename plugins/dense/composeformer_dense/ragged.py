@@ -3,7 +3,7 @@
 Where it serves this is PyTorch's `grouped_mm`, which reads no count on the host. It leaves rows past the last
 group as it found the memory, in the output and in the gradient, so both are blanked here, and on a GPU the
 weight gradient of an empty group too (pytorch issues 154557 and 172439). It takes dense gradients only, no
-float64, and rows of whole 16 bytes; elsewhere groups are multiplied one by one.
+float64, one row at least, and rows of whole 16 bytes; elsewhere groups are multiplied one by one.
 
 Shapes: N rows, I inputs, O outputs, E groups.
 """
@@ -26,7 +26,7 @@ def ragged(
     ends: Int[Tensor, " E"],
 ) -> Float[Tensor, "N O"]:
     """Each group's rows by its own map; `ends` are the groups' ends. Rows past the last come out as zeros."""
-    if not fused(x, matrix):
+    if not fused(x, matrix) or not len(x):
         return _one_by_one(x, matrix, bias, ends)
     x, matrix = x.contiguous(), matrix.contiguous()
     offsets = ends.to(torch.int32)

@@ -7,11 +7,13 @@ from typing import Any
 
 import average_plugin as averages
 import pytest
+from hypothesis.internal.conjecture import providers
 
 from composeformer.errors import InputError
 from composeformer.testing import LawBroken, certify, examine, find_law, laws_for, replay, subject, subjects
 from composeformer.testing import certificate as certificates
 from composeformer.testing.drawing import Drawn
+from composeformer.testing.steady import steady
 
 CAUSAL = find_law("mixer.causal")
 
@@ -71,6 +73,19 @@ def test_cases_hang_on_the_seed_and_not_on_what_is_imported(
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module("a_users_constants")
     assert values() == before
+
+
+def test_what_hypothesis_knows_is_put_back_by_whoever_leaves_last() -> None:
+    before = providers._get_local_constants, providers.CONSTANTS_CACHE
+    first, second = steady(), steady()
+    first.__enter__()
+    within = providers._get_local_constants
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert providers._get_local_constants is within
+    assert within is not before[0]
+    second.__exit__(None, None, None)
+    assert (providers._get_local_constants, providers.CONSTANTS_CACHE) == before
 
 
 def test_a_counterexample_fails_in_the_same_words_again(registry: Any) -> None:

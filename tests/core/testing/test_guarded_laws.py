@@ -82,7 +82,9 @@ def tried() -> Any:
         averages.Component("mixer", "leaving", averages.AverageConfig, (reference,)),
         averages.component("average", averages.Average),
     )
-    return [(CAUSAL, subject("mixer", kind, registry=registry)) for kind in ("leaving", "average")]
+    trials = [(CAUSAL, subject("mixer", kind, registry=registry)) for kind in ("leaving", "average")]
+    examine(*trials[1], examples=1)  # what is imported late is here before processes are forked
+    return trials
 
 
 @pytest.mark.parametrize(

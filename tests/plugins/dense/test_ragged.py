@@ -108,6 +108,19 @@ def test_it_serves_rows_of_whole_16_bytes_forward_and_backward(dtype, inputs, ou
     assert torch.allclose(y.float(), wanted.float(), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+def test_no_rows_at_all_are_taken_and_leave_gradients_of_zero(dtype):
+    """As of a rank whose experts nobody chose."""
+    x = torch.zeros(0, 8, dtype=dtype, requires_grad=True)
+    matrix = torch.randn(2, 16, 8).to(dtype).requires_grad_()
+    with poisoned_memory():
+        y = ragged(x, matrix, None, torch.tensor([0, 0]))
+        found = torch.autograd.grad(y.sum(), (x, matrix))
+    assert y.shape == (0, 16)
+    assert [each.shape for each in found] == [x.shape, matrix.shape]
+    assert not found[1].any()
+
+
 def test_without_gradients_it_is_the_same_bit_for_bit():
     x, matrix = torch.randn(5, 8), torch.randn(2, 4, 8, requires_grad=True)
     wanted = ragged(x, matrix, None, torch.tensor([3, 4]))
