@@ -97,7 +97,8 @@ def test_rings_of_replicas_send_their_share() -> None:
     [
         ({"kind": "fp8-block"}, 4, 4),
         ({"kind": "fp8-block", "weights": "bfloat16"}, 2, 2),
-        ({"kind": "bf16"}, 2, 4),
+        ({"kind": "bf16"}, 4, 4),
+        ({"kind": "bf16", "weights": "bfloat16"}, 2, 2),
     ],
 )
 @pytest.mark.parametrize("zero", [0, 1, 3])

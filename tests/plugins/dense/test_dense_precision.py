@@ -49,7 +49,7 @@ def test_every_linear_map_multiplies_in_its_compute_format(lab, precision):
 def test_bf16_keeps_masters_sensitive_maps_and_plain_weights_in_fp32():
     config, weight = BF16(), Weight(name="weight", shape=(2, 2))
     plain = config.format("layers.0.mixer.q", weight, False)
-    assert (plain.storage, plain.compute, plain.gather, plain.bits) == ("float32", "bfloat16", "bfloat16", 16)
+    assert (plain.storage, plain.compute, plain.gather, plain.bits) == ("float32", "bfloat16", "float32", 16)
     assert (plain.gradient, plain.moment) == ("float32", "float32")
     assert config.format("head.projection", weight, True).compute == "float32"
     narrow = BF16(weights="bfloat16").format("layers.0.mixer.q", weight, False)

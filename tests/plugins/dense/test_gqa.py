@@ -213,7 +213,7 @@ def test_cost_counts_the_products_and_the_cache(lab):
     node = spec.plan.layers[0]["mixer"]
     core, cache = node.part.config.cost(node.site, "decode")
     assert core == Core(name=core.name, per_key=4 * 6 * 4, window=7)
-    assert cache == Cache(name=cache.name, per_token=2 * 2 * 4, window=7)
+    assert cache == Cache(name=cache.name, per_token=2 * 2 * 4, window=7, shard=True)
     held = lab.model(mixer={"kind": "gqa", "num_heads": 6, "num_kv_heads": 2, "head_dim": 4, "window": 7})
     assert held.layers[0].mixer.new_cache(3, 100).num_bytes == 3 * cache.elements(100) * 8
 

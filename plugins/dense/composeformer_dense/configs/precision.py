@@ -54,4 +54,5 @@ class BF16(Precision):
         if sensitive:
             return plain("float32", "sensitive")
         multiplied = attrs.evolve(plain("bfloat16", f"bf16 with {self.weights} weights"), moment="float32")
-        return attrs.evolve(multiplied, storage=self.weights, gradient=self.weights)
+        # Shards travel as they are stored, and are cast where they are multiplied.
+        return attrs.evolve(multiplied, storage=self.weights, gather=self.weights, gradient=self.weights)
