@@ -33,6 +33,8 @@ TITLES = st.text(st.characters(categories=("L", "N", "P", "S")), min_size=1, max
 # Multiples of four, as the strategies of components expect.
 WIDTHS = st.integers(2, 6).map(lambda n: 4 * n)
 STDS = st.sampled_from([0.02, 0.5, 1e-3])
+# Tokens that every model has room for: laws make rows of as many.
+LEAST = 16
 MOST_LAYERS = 6
 MOST_NESTED = 2
 DEEPEST = 3  # parts within parts within parts
@@ -106,7 +108,7 @@ class _Writer:
         sizes = {
             "vocab_size": draw(st.integers(1, 40)),
             "hidden_size": draw(WIDTHS),
-            "max_position_embeddings": draw(st.sampled_from([64, 16, 4096]) | st.integers(12, 4096)),
+            "max_position_embeddings": draw(st.sampled_from([64, LEAST, 4096]) | st.integers(LEAST, 4096)),
         }
         more = {"tie_embeddings": st.booleans(), "init_std": stds}
         data: Table = {"model": {**sizes, **draw(st.fixed_dictionaries({}, optional=more))}}
