@@ -8,6 +8,8 @@ import attrs
 
 WIDTH, ROW = 720, 26
 LEFT, RIGHT, TOP, BOTTOM = 200, 200, 8, 40
+# The width of a letter in wide sans-serif fonts.
+LETTER = 7.3
 ABOVE = 28  # room for the name of the vertical axis
 COLOURS = ("#1b6ca8", "#d1495b", "#edae49", "#2e8b57", "#6f4a8e", "#888888")
 
@@ -38,16 +40,18 @@ def bars(rows: Sequence[Bar], *, log: bool = False) -> str:
     log = log and min(ends, default=0.0) > 0
     low, high = (min(ends), max(ends)) if log else (min([0.0, *ends]), max([0.0, *ends]))
     span = (log10(high) - log10(low) if log else high - low) or 1.0
+    left = max([LEFT, *(16 + LETTER * len(row.name) for row in rows)])
+    left = min(left, WIDTH - RIGHT - LEFT)
 
     def at(value: float) -> float:
         share = (log10(value) - log10(low)) / span if log else (value - low) / span
-        return LEFT + share * (WIDTH - LEFT - RIGHT)
+        return left + share * (WIDTH - left - RIGHT)
 
     parts = []
     for index, row in enumerate(rows):
         y = TOP + index * ROW
         start, stop = sorted((at(row.low), at(row.high)))
-        parts.append(_text(LEFT - 8, y + 16, row.name, "end"))
+        parts.append(_text(left - 8, y + 16, row.name, "end"))
         box = f'x="{start:.1f}" y="{y + 4}" width="{max(stop - start, 1):.1f}" height="{ROW - 8}"'
         parts.append(
             f'<rect {box} fill="{COLOURS[0]}"><title>{escape(f"{row.name}: {row.told}")}</title></rect>'

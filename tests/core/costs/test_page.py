@@ -143,3 +143,13 @@ def test_bars_from_nothing_are_on_a_plain_scale_and_none_are_no_error() -> None:
 
 def test_a_page_of_a_run_without_people_is_drawn() -> None:
     assert "$0.00" in page(Report(Spec.load("deepseek-v3", ["cost.headcount=0"])))
+
+
+@given(st.lists(st.text("mw", min_size=1, max_size=40), min_size=1, max_size=4))
+def test_bars_have_room_for_their_names(names: list[str]) -> None:
+    """A letter of wide fonts takes seven units; the longest name ends where its bar begins."""
+    tree = ElementTree.fromstring(bars([Bar(name=name, low=0.0, high=1.0, told="") for name in names]))
+    written = {each.text: float(each.attrib["x"]) for each in tree.iter("text") if each.text}
+    assert written.keys() == set(names)
+    for name, end in written.items():
+        assert end >= 7.2 * len(name)
