@@ -133,12 +133,9 @@ def broken(
 ) -> dict[str, Any]:
     """A failure, with a test that shows it."""
     why = str(error) if isinstance(error, LawBroken) else f"raised {type(error).__name__}: {error}"
-    finding = Finding(
-        law=law.id,
-        told=law.told,
-        slot=whole.slot,
-        kind=whole.kind,
-        implementation=whole.implementation.name,
+    finding = Finding.of(
+        law,
+        whole,
         verdict="broken",
         cases=1,
         error=0.0,

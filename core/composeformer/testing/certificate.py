@@ -56,6 +56,18 @@ class Finding:
     values: Mapping[str, Any] | None = None
     spec: str | None = None
 
+    @classmethod
+    def of(cls, law: Law, tried: Tried, **more: Any) -> "Finding":
+        """A finding of a law and what it was tried on; `more` are the other fields."""
+        return cls(
+            law=law.id,
+            told=law.told,
+            slot=tried.slot,
+            kind=tried.kind,
+            implementation=tried.implementation.name,
+            **more,
+        )
+
     @property
     def held(self) -> bool:
         return self.verdict != "broken"
@@ -155,12 +167,9 @@ def examine(
     why = law.applies(tried) if law.applies is not None and isinstance(tried, Subject) else None
 
     def finding(verdict: Verdict, why: str = "", **more: Any) -> Finding:
-        return Finding(
-            law=law.id,
-            told=law.told,
-            slot=tried.slot,
-            kind=tried.kind,
-            implementation=tried.implementation.name,
+        return Finding.of(
+            law,
+            tried,
             verdict=verdict,
             cases=trial.cases,
             error=trial.error,

@@ -6,6 +6,7 @@ own, which is ended with it; on Linux it does not outlive its parent either. Whe
 in this process.
 """
 
+import ctypes
 import faulthandler
 import json
 import os
@@ -23,12 +24,12 @@ from typing import Any
 
 import attrs
 import torch
-from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
 from composeformer.errors import ComposeError
 from composeformer.testing.certificate import Finding, Tried, examine
 from composeformer.testing.law import Law
 
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 # Seconds that a law may take.
 PATIENCE = 600.0
 # Seconds after which a child that said nothing is looked for: processes that it started may hold its pipe open.
@@ -129,12 +130,9 @@ class _Child:
             case = json.loads(_read(self.folder / "values"))
         except ValueError:  # nothing was drawn, or it was ended while it wrote
             case = {"cases": 0, "values": {}}
-        return Finding(
-            law=law.id,
-            told=law.told,
-            slot=tried.slot,
-            kind=tried.kind,
-            implementation=tried.implementation.name,
+        return Finding.of(
+            law,
+            tried,
             verdict="broken",
             cases=case["cases"] + 1,
             error=0.0,
@@ -209,10 +207,16 @@ class _Noted:
         os.pwrite(self.file, told, 0)
 
 
+def _end_with_parent() -> None:
+    """On Linux, to be killed when the parent is: it can not end its child then."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _try(trials: Trials, examples: int | None, seed: int, folder: Path, end: Connection) -> None:
     own = os.getpid()
     os.setpgid(0, 0)
-    _prctl_pr_set_pdeathsig(signal.SIGKILL)
+    _end_with_parent()
     for each in ENDING:
         signal.signal(each, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +206,31 @@ def test_all_laws_of_all_parts_are_tried_unless_one_is_named(tried: Any) -> None
         ("mixer.causal", "average"),
     ]
     assert len(trials(parts)) > 20
+
+
+def test_the_process_of_a_check_that_is_killed_does_not_outlive_it(
+    tried: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    noted = tmp_path / "process"
+
+    def stays() -> None:
+        noted.write_text(str(os.getpid()))
+        sleeping()
+
+    monkeypatch.setattr(Leaving, "leaves", staticmethod(stays))
+    check = get_context("fork").Process(target=lambda: list(guarded(tried[:1])))
+    check.start()
+    until = time.monotonic() + 60
+    while not (noted.exists() and noted.read_text()):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    check.kill()
+    check.join()
+    state = Path(f"/proc/{noted.read_text()}/stat")
+    until = time.monotonic() + 10
+    # It is gone, or dead until whoever inherits it has looked.
+    while state.exists() and state.read_text().rpartition(")")[2].split()[0] not in "ZX":
+        if time.monotonic() > until:
+            os.kill(int(noted.read_text()), signal.SIGKILL)
+            pytest.fail("the process outlives the check")
+        time.sleep(0.02)

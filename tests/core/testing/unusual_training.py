@@ -107,13 +107,18 @@ class LionConfig(Config):
     weight_decay: float = field(0.1, minimum=0.0, maximum=1.0, affects="training", help="Of matrices.")
 
 
+def evaluated(closure: Any) -> Any:
+    """The loss of a closure, as PyTorch's optimizers compute it; None where there is none."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class Lion(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -146,10 +151,7 @@ class SignConfig(Config):
 class SignDescent(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
